@@ -1,0 +1,1 @@
+// atrous_conv2d on CUDA: dense convolution on tensor cores.
