@@ -85,9 +85,9 @@ Shape check_shape(const char* op, const Tensor& input, const Tensor& weight, con
                 .dilation_w = dilation[1]};
   PYSEG_CHECK(s.out_height >= 0 && s.out_width >= 0, op, ": output size would be [", s.out_height, ", ", s.out_width,
               "]: input [", s.height, ", ", s.width, "] is too small for dilation ", dilation, " and padding ", padding);
-  // Kernels count channels, and the pixels of one map, in 32 bits.
+  // Kernels count channels, and the pixels of one map, in 32 bits, tiles at the end included.
   for (int64_t size : {s.channels, s.out_channels, s.height * s.width, s.out_height * s.out_width}) {
-    PYSEG_CHECK(size < INT32_MAX, op, ": channels and pixels of a map must be fewer than 2^31 - 1, got ", size);
+    PYSEG_CHECK(size < INT32_MAX - 1024, op, ": channels and pixels of a map must be below 2^31 - 1024, got ", size);
   }
   return s;
 }

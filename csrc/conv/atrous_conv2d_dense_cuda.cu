@@ -114,7 +114,7 @@ cudaError_t launch_dense_tensor_cores(const Forward& args, cudaStream_t stream) 
   const Shape& s = args.shape;
   const int64_t pixels = s.out_height * s.out_width;
   if (s.batch * pixels * s.out_channels == 0) return cudaSuccess;
-  // The kernel numbers pixels in 32 bits, the block's tail included: larger batches go in parts.
+  // The kernel numbers pixels in 32 bits: larger batches go in parts.
   constexpr int64_t kMaxPixels = INT32_MAX;
   if (pixels > kMaxPixels) return cudaErrorInvalidValue;
   const int64_t images = kMaxPixels / pixels;

@@ -23,11 +23,14 @@ cudaError_t launch_copy_map(const void* from, Strides from_strides, void* to, St
                             int64_t channels, int64_t height, int64_t width, DType dtype, cudaStream_t stream) {
   const int64_t blocks = batch * ceil_div(channels, kMapTile) * ceil_div(height * width, kMapTile);
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (blocks > INT32_MAX || channels > INT32_MAX - kMapTile || height * width > INT32_MAX) {
+    return cudaErrorInvalidConfiguration;
+  }
   return by_element_size(dtype, [&](auto bits) {
     using Bits = decltype(bits);
     copy_map_kernel<<<static_cast<unsigned>(blocks), dim3(kMapTile, kMapTileRows), 0, stream>>>(
-        static_cast<const Bits*>(from), from_strides, static_cast<Bits*>(to), to_strides, channels, height, width);
+        static_cast<const Bits*>(from), from_strides, static_cast<Bits*>(to), to_strides, static_cast<int>(channels),
+        static_cast<uint32_t>(height * width), static_cast<uint32_t>(width));
     return cudaGetLastError();
   });
 }

@@ -17,28 +17,24 @@ static_assert(kMapTile % kMapTileRows == 0, "each warp moves whole rows of the t
 
 // Grid: pixel tiles * channel tiles * images; block: kMapTile x kMapTileRows.
 template <typename Bits>
-__global__ void copy_map_kernel(const Bits* __restrict__ from,  // [N, C, H, W]
-                                Strides from_strides,
-                                Bits* __restrict__ to,  // [N, C, H, W]
-                                Strides to_strides, int64_t channels, int64_t height, int64_t width) {
+__global__ void __launch_bounds__(kMapTile* kMapTileRows)
+    copy_map_kernel(const Bits* __restrict__ from,  // [N, C, H, W]
+                    Strides from_strides,
+                    Bits* __restrict__ to,  // [N, C, H, W]
+                    Strides to_strides, int channels, uint32_t pixels, uint32_t width) {
   __shared__ Bits tile[kMapTile][kMapTile + 1];  // [channel][pixel], padded against bank conflicts
-  const int64_t pixels = height * width;
-  const int64_t pixel_tiles = (pixels + kMapTile - 1) / kMapTile, channel_tiles = (channels + kMapTile - 1) / kMapTile;
-  const int64_t pixel0 = blockIdx.x % pixel_tiles * kMapTile;
-  const int64_t channel0 = blockIdx.x / pixel_tiles % channel_tiles * kMapTile;
+  const uint32_t pixel_tiles = (pixels + kMapTile - 1) / kMapTile, channel_tiles = (channels + kMapTile - 1) / kMapTile;
+  const uint32_t pixel0 = blockIdx.x % pixel_tiles * kMapTile;
+  const int channel0 = blockIdx.x / pixel_tiles % channel_tiles * kMapTile;
   const int64_t image = blockIdx.x / pixel_tiles / channel_tiles;
 
   // Calls visit(offset, channel in the tile, pixel in the tile) for this thread's part, lanes along the contiguous one.
   auto for_each = [&](const Strides& s, auto visit) {
-    const bool along_channels = s.c == 1;
-    const int64_t lane_pixel = pixel0 + threadIdx.x;
-    const int64_t lane_offset = lane_pixel / width * s.h + lane_pixel % width * s.w;
     for (int row = threadIdx.y; row < kMapTile; row += kMapTileRows) {
-      const int c = along_channels ? threadIdx.x : row, p = along_channels ? row : threadIdx.x;
+      const int c = s.c == 1 ? threadIdx.x : row, p = s.c == 1 ? row : threadIdx.x;
       if (channel0 + c >= channels || pixel0 + p >= pixels) continue;
-      const int64_t pixel = pixel0 + p;
-      const int64_t at = along_channels ? pixel / width * s.h + pixel % width * s.w : lane_offset;
-      visit(image * s.n + (channel0 + c) * s.c + at, c, p);
+      const uint32_t y = (pixel0 + p) / width, x = (pixel0 + p) % width;
+      visit(image * s.n + (channel0 + c) * s.c + y * s.h + x * s.w, c, p);
     }
   };
   for_each(from_strides, [&](int64_t offset, int c, int p) { tile[c][p] = from[offset]; });
