@@ -95,36 +95,31 @@ __device__ inline Pixel pixel_of(uint32_t number, const DenseParams<T>& p) {
   return {row / p.out_height, row % p.out_height, p.cut[s] + (number - p.first[s]) % width};
 }
 
-// Copies kBytes of global to shared memory, zeros where not valid; asynchronously unless they are too few for cp.async.
-template <int kBytes>
-__device__ inline void copy_piece(unsigned char* shared, const unsigned char* global, bool valid) {
-  if constexpr (kBytes == 2) {
-    *reinterpret_cast<uint16_t*>(shared) = valid ? *reinterpret_cast<const uint16_t*>(global) : uint16_t{0};
-  } else {
-    ptx::cp_async<kBytes>(ptx::shared_address(shared), global, valid);
-  }
-}
-
-// kRowsPerThread rows of 64 bytes that one thread keeps filling: where they come from, which taps hit the map.
+// How kThreads threads copy kRows rows of 64 bytes to shared memory, kAccess bytes at a time.
 template <int kRows, int kThreads, int kAccess>
-struct RowCopier {
+struct RowCopy {
   static constexpr int kPiecesPerRow = 64 / kAccess;
   static constexpr int kRowStep = kThreads / kPiecesPerRow;
   static constexpr int kRowsPerThread = (kRows + kRowStep - 1) / kRowStep;
   static_assert(kThreads % kPiecesPerRow == 0, "all pieces of a row at once");
 
-  const unsigned char* source[kRowsPerThread];
-  uint32_t taps[kRowsPerThread];  // bit t: tap t of this row may be read
-
+  // This thread's i-th row, and its place in every row.
   __device__ static int row(int i) { return threadIdx.x / kPiecesPerRow + i * kRowStep; }
   __device__ static int byte() { return threadIdx.x % kPiecesPerRow * kAccess; }
 
-  __device__ void copy(unsigned char* shared, int64_t byte_offset, int tap, bool channels_valid) const {
+  // Starts the copies: source(i) is this thread's piece of its i-th row, taken for zeros where !valid(i). Pieces too
+  // small for cp.async are copied at once.
+  template <typename Source, typename Valid>
+  __device__ static void start(unsigned char* shared, Source source, Valid valid) {
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       if (kRows % kRowStep != 0 && row(i) >= kRows) break;
-      const bool valid = channels_valid && (taps[i] >> tap & 1);
-      copy_piece<kAccess>(shared + swizzled<64>(row(i), byte()), source[i] + byte_offset, valid);
+      unsigned char* const to = shared + swizzled<64>(row(i), byte());
+      if constexpr (kAccess == 2) {
+        *reinterpret_cast<uint16_t*>(to) = valid(i) ? *reinterpret_cast<const uint16_t*>(source(i)) : uint16_t{0};
+      } else {
+        ptx::cp_async<kAccess>(ptx::shared_address(to), source(i), valid(i));
+      }
     }
   }
 };
@@ -224,8 +219,9 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
   constexpr int kChunk = Tile::kRowBytes / sizeof(T);  // channels per iteration
   constexpr int kStep = 32 / sizeof(T);                // channels per mma
   constexpr int kPixelFragments = Tile::kWarpPixels / 16, kChannelFragments = Tile::kWarpChannels / 8;
-  using PixelCopier = RowCopier<Tile::kPixels, Tile::kThreads, kAccess>;
-  using ChannelCopier = RowCopier<Tile::kChannels, Tile::kThreads, kAccess>;
+  using PixelCopy = RowCopy<Tile::kPixels, Tile::kThreads, kAccess>;
+  using ChannelCopy = RowCopy<Tile::kChannels, Tile::kThreads, kAccess>;
+  static_assert(PixelCopy::kPiecesPerRow == ChannelCopy::kPiecesPerRow, "one place in a row for both");
   __shared__ __align__(128) unsigned char ring[Tile::kSharedBytes];
 
   const uint32_t channel_tiles = (p.out_channels + Tile::kChannels - 1) / Tile::kChannels;
@@ -235,14 +231,15 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
   const int channel_begin = blockIdx.y * p.channels_per_split;
   const int channel_end = min(channel_begin + p.channels_per_split, p.channels);
 
-  // 1. The rows that this thread copies, and the taps that hit the map anywhere in the block.
-  PixelCopier from_input;
+  // 1. The rows that this thread copies: where the pixels' first taps lie, which taps hit the map.
+  const unsigned char* pixel_source[PixelCopy::kRowsPerThread];
+  uint32_t pixel_taps[PixelCopy::kRowsPerThread];
   uint32_t my_taps = 0;
 #pragma unroll
-  for (int i = 0; i < PixelCopier::kRowsPerThread; ++i) {
-    const uint32_t number = first_pixel + PixelCopier::row(i);
-    from_input.source[i] = reinterpret_cast<const unsigned char*>(p.input);
-    from_input.taps[i] = 0;
+  for (int i = 0; i < PixelCopy::kRowsPerThread; ++i) {
+    const uint32_t number = first_pixel + PixelCopy::row(i);
+    pixel_source[i] = reinterpret_cast<const unsigned char*>(p.input) + PixelCopy::byte();
+    pixel_taps[i] = 0;
     if (number < pixels) {
       const Pixel at = pixel_of(number, p);
       const int64_t y = at.y - p.pad_h, x = at.x - p.pad_w;
@@ -250,38 +247,38 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
       for (int tap = 0; tap < 9; ++tap) {
         const int64_t tap_y = y + tap / 3 * p.dilation_h, tap_x = x + tap % 3 * p.dilation_w;
         const bool hit = tap_y >= 0 && tap_y < p.height && tap_x >= 0 && tap_x < p.width;
-        from_input.taps[i] |= static_cast<uint32_t>(hit) << tap;
+        pixel_taps[i] |= static_cast<uint32_t>(hit) << tap;
       }
-      from_input.source[i] += (at.n * p.in_n + y * p.in_h + x * p.in_w) * static_cast<int64_t>(sizeof(T));
-      my_taps |= from_input.taps[i];
+      pixel_source[i] += (at.n * p.in_n + y * p.in_h + x * p.in_w) * static_cast<int64_t>(sizeof(T));
+      my_taps |= pixel_taps[i];
     }
   }
-  ChannelCopier from_weight;
-#pragma unroll
-  for (int i = 0; i < ChannelCopier::kRowsPerThread; ++i) {
-    const int channel = first_channel + ChannelCopier::row(i);
-    const bool valid = channel < p.out_channels;
-    from_weight.taps[i] = valid ? 0x1ff : 0;
-    from_weight.source[i] =
-        reinterpret_cast<const unsigned char*>(p.weight + (valid ? static_cast<int64_t>(channel) * p.channels : 0));
-  }
+  const int64_t weight_row_bytes = static_cast<int64_t>(p.channels) * sizeof(T);
+  const int weight_row = first_channel + ChannelCopy::row(0);
+  const unsigned char* const weight_source =
+      reinterpret_cast<const unsigned char*>(p.weight) + weight_row * weight_row_bytes + ChannelCopy::byte();
   uint32_t block_taps = 0;
 #pragma unroll
   for (int tap = 0; tap < 9; ++tap) block_taps |= (__syncthreads_or(my_taps >> tap & 1) ? 1u : 0u) << tap;
 
   // 2. The main loop: for each 64 bytes of channels, for each tap that is left.
-  const int64_t weight_tap_bytes = static_cast<int64_t>(p.out_channels) * p.channels * sizeof(T);
   const int iterations = __popc(block_taps) * ((channel_end - channel_begin + kChunk - 1) / kChunk);
   uint32_t taps_to_copy = block_taps;
   int channel_to_copy = channel_begin;
   auto copy_stage = [&](int slot) {
     const int tap = __ffs(taps_to_copy) - 1;
-    const int64_t channel_bytes = static_cast<int64_t>(channel_to_copy) * sizeof(T) + PixelCopier::byte();
-    const bool channels_valid = channel_bytes < static_cast<int64_t>(channel_end) * static_cast<int64_t>(sizeof(T));
-    unsigned char* stage = ring + slot * Tile::kStageBytes;
-    from_input.copy(stage, p.tap_offset[tap] * static_cast<int64_t>(sizeof(T)) + channel_bytes, tap, channels_valid);
-    from_weight.copy(stage + Tile::kPixels * Tile::kRowBytes, tap * weight_tap_bytes + channel_bytes, tap,
-                     channels_valid);
+    const int64_t bytes = static_cast<int64_t>(channel_to_copy) * sizeof(T);
+    const bool exists = bytes + PixelCopy::byte() < static_cast<int64_t>(channel_end) * static_cast<int64_t>(sizeof(T));
+    unsigned char* const stage = ring + slot * Tile::kStageBytes;
+    const int64_t tap_bytes = bytes + p.tap_offset[tap] * static_cast<int64_t>(sizeof(T));
+    PixelCopy::start(
+        stage, [&](int i) { return pixel_source[i] + tap_bytes; },
+        [&](int i) { return exists && (pixel_taps[i] >> tap & 1); });
+    const unsigned char* const tap_source = weight_source + bytes + tap * p.out_channels * weight_row_bytes;
+    ChannelCopy::start(
+        stage + Tile::kPixels * Tile::kRowBytes,
+        [&](int i) { return tap_source + i * ChannelCopy::kRowStep * weight_row_bytes; },
+        [&](int i) { return exists && weight_row + i * ChannelCopy::kRowStep < p.out_channels; });
     taps_to_copy &= taps_to_copy - 1;
     if (taps_to_copy == 0) {
       taps_to_copy = block_taps;
