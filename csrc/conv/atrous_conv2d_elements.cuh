@@ -94,4 +94,66 @@ struct ChannelEpilogue {
   }
 };
 
+// Four accumulators that travel together in shared memory.
+template <typename Acc>
+struct alignas(kVectorBytes) Quad {
+  Acc at[4];
+};
+
+// The first `count` (may be negative) of four elements, zeros for the others. `aligned`: `from` is a multiple of four
+// elements into 16-byte aligned memory, and `count` too.
+template <typename T>
+__device__ __forceinline__ Quad<Accumulator<T>> load_quad(const T* from, int count, bool aligned) {
+  T elements[4] = {narrow<T>(0), narrow<T>(0), narrow<T>(0), narrow<T>(0)};
+  if (aligned) {
+    if (count > 0) {
+      if constexpr (sizeof(T) == 2) {
+        const uint2 bits = *reinterpret_cast<const uint2*>(from);
+        __builtin_memcpy(elements, &bits, sizeof(bits));
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i += kVectorBytes / sizeof(T)) {
+          const uint4 bits = *reinterpret_cast<const uint4*>(from + i);
+          __builtin_memcpy(elements + i, &bits, sizeof(bits));
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) elements[i] = from[i];
+    }
+  }
+  Quad<Accumulator<T>> quad;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) quad.at[i] = widen(elements[i]);
+  return quad;
+}
+
+// The counterpart: stores the first `count` of four.
+template <typename T>
+__device__ __forceinline__ void store_quad(T* to, const T (&elements)[4], int count, bool aligned) {
+  if (aligned) {
+    if (count > 0) {
+      if constexpr (sizeof(T) == 2) {
+        uint2 bits;
+        __builtin_memcpy(&bits, elements, sizeof(bits));
+        *reinterpret_cast<uint2*>(to) = bits;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i += kVectorBytes / sizeof(T)) {
+          uint4 bits;
+          __builtin_memcpy(&bits, elements + i, sizeof(bits));
+          *reinterpret_cast<uint4*>(to + i) = bits;
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) to[i] = elements[i];
+    }
+  }
+}
+
 }  // namespace pyseg::atrous
