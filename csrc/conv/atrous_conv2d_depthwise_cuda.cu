@@ -1,0 +1,1 @@
+// atrous_conv2d_depthwise on CUDA: depthwise convolution.

@@ -1,0 +1,1 @@
+// atrous_conv2d_wgrad on CUDA: weight gradient.
