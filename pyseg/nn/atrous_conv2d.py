@@ -249,7 +249,6 @@ class AtrousConv2d(nn.Conv2d):
             *self.dilation,
             self.groups,
             self.exact,
-            weight.element_size(),
         )
         return AtrousConv2dPlan(plan.pop("path"), plan.pop("reason"), plan)
 
