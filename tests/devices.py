@@ -16,7 +16,8 @@ half is skipped with the reason.
     pytest tests/conv -k cuda                        the CUDA half of a folder
     pytest --cuda-sm=75,80,90 --cuda-orders=forward,reverse,random      every variant, as `make check-cuda` does
 
-Markers for tests that take `device`; all three concern the fake GPU only:
+Markers for tests that take `device`; the last three concern the fake GPU only:
+    @pytest.mark.cuda_only          what happens inside CUDA kernels: no run on the CPU
     @pytest.mark.sm(75)             the compute capabilities that the test is for (default 80 and 90). A plain run
                                     takes the first one.
     @pytest.mark.block_orders       blocks communicate: `--cuda-orders` runs the test once for each order of the blocks
