@@ -111,9 +111,8 @@ Map<T> map_of(const Tensor& t) {
 
 template <typename T, typename U>
 DepthwiseMap<T> depthwise_map(const Tensor& t, bool channels_last) {
-  // The kernels tell the layouts apart by the channel's stride.
   if (channels_last) return {data<U>(t), t.stride(0), 1, t.stride(2), t.stride(3)};
-  return {data<U>(t), t.stride(0), t.size(1) == 1 ? 0 : t.stride(1), t.stride(2), 1};
+  return {data<U>(t), t.stride(0), t.stride(1), t.stride(2), 1};
 }
 
 ConvGeometry geometry(const Tensor& input, const Ints& out, const Ints& padding, const Ints& dilation) {
@@ -301,6 +300,7 @@ void run_depthwise(const ConvGeometry& g, const Tensor& input, const std::vector
   const Tensor x = channels_last ? as_channels_last<T>(input) : as_contiguous_map(input);
   const Tensor y = direct_out ? out : new_map(out, sizes_of(out), false);
   DepthwiseArgs<T> args{.g = g,
+                        .channels_last = channels_last,
                         .x = depthwise_map<const T, T>(x, channels_last),
                         .y = depthwise_map<T, T>(y, channels_last),
                         .weight = weight.data(),
@@ -320,6 +320,7 @@ void run_depthwise_weight_grad(const ConvGeometry& g, const Tensor& input, const
   const Tensor x = last ? as_channels_last<T>(input) : as_contiguous_map(input);
   const Tensor dy = last ? as_channels_last<T>(grad) : as_contiguous_map(grad);
   const DepthwiseWeightGradArgs<T> args{.g = g,
+                                        .channels_last = last,
                                         .x = depthwise_map<const T, T>(x, last),
                                         .grad = depthwise_map<const T, T>(dy, last),
                                         .grad_weight = data<T>(grad_weight)};
