@@ -67,10 +67,13 @@ def pytest_report_header(config):
 def pytest_generate_tests(metafunc):
     if "device" not in metafunc.fixturenames:
         return
-    if any("device" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
-        return
-    cpu = [] if metafunc.definition.get_closest_marker("cuda_only") else ["cpu"]
-    metafunc.parametrize("device", [*cpu, *cuda_parameters(metafunc.definition, metafunc.config)])
+    parameters = cuda_parameters(metafunc.definition, metafunc.config)
+    if metafunc.definition.get_closest_marker("cuda_only") is None:
+        parameters.insert(0, "cpu")
+    elif not parameters:
+        reason = "cuda: not meant for the capabilities of --cuda-sm"
+        parameters.append(pytest.param("cuda", marks=pytest.mark.skip(reason=reason)))
+    metafunc.parametrize("device", parameters)
 
 
 def cuda_parameters(definition, config):
@@ -110,10 +113,8 @@ def pytest_collection_modifyitems(items):
 
 def capability(item):
     """The capability whose child runs the item, or None for an item of this process."""
-    if item.get_closest_marker("cuda") is None or item.get_closest_marker("skip") is not None:
-        return None
     run = item.get_closest_marker("fakegpu_run")
-    return run.kwargs["sm"] if run else devices.DEFAULT_SMS[0]
+    return run.kwargs["sm"] if run is not None and item.get_closest_marker("skip") is None else None
 
 
 class FakeGpuRunner:
