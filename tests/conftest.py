@@ -10,11 +10,16 @@ import os
 from pathlib import Path
 
 import devices
+import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
 from fakegpu_worker import FakeGpuChecks, WorkerProcess
 
 collect_ignore = ["fakegpu"]  # has its own runner: make -C tests/fakegpu check
+
+# Interpreted kernels and shared machines are slow at times: no test depends on time.
+hypothesis.settings.register_profile("pyseg", deadline=None)
+hypothesis.settings.load_profile("pyseg")
 
 ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"
 
