@@ -1,0 +1,74 @@
+// Vectors of one CPU target, on the compiler's vector extensions. Torch-free: included by target units only, which
+// are compiled once per instruction set with PYSEG_TARGET set to its name. Everything lives in that target's
+// namespace and has internal linkage, so that the linker can never pick another target's copy.
+#pragma once
+
+#include <cstdint>
+
+namespace pyseg {
+namespace PYSEG_TARGET {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct VecTypes<double> {
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+
+template <typename T>
+using Vec = typename VecTypes<T>::Vec;
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecTypes<T>::Unaligned*>(p);
+}
+
+template <typename T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecTypes<T>::Unaligned*>(p) = v;
+}
+
+template <typename T>
+inline Vec<T> broadcast(T s) {
+  return s - Vec<T>{};  // x - (+0) is x for every x, so the subtraction folds away and one broadcast remains
+}
+
+// max(v, 0) that keeps NaN, as torch's relu does.
+template <typename T>
+inline Vec<T> relu(Vec<T> v) {
+  return v < Vec<T>{} ? Vec<T>{} : v;
+}
+template <typename T>
+inline T relu(T v) {
+  return v < T(0) ? T(0) : v;
+}
+
+template <typename T>
+inline T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+inline T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+}  // namespace
+}  // namespace PYSEG_TARGET
+}  // namespace pyseg

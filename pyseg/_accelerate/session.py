@@ -1,0 +1,265 @@
+"""One accelerate() call: what to try, what to keep, what to say about it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from pyseg._accelerate.chains import Found, find_convolutions
+from pyseg._accelerate.layout import ChannelsLast
+from pyseg._accelerate.measure import Example, Outputs, difference, interleaved_ms
+from pyseg._accelerate.modules import Chain, FusedAtrousConv2d, Swaps
+from pyseg._accelerate.report import Report, Row
+from pyseg._accelerate.trial import Form, Stopwatch, Trial, forms_of, why_kernel_is_torchs
+
+# Variants whose estimated time is this much above the best one's are not worth running.
+_ESTIMATE_MARGIN = 1.15
+# Of outputs that went through a whole network, relative to their largest magnitude.
+_TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TOLERANCE = 1e-4
+# Some networks amplify rounding errors. Ours may be this many times the original's own: Winograd's are 4 times those of
+# the direct method at the most, and maxima of few outputs scatter.
+_ROUNDING_MARGIN = 10
+
+
+class _DoesNotRun(RuntimeError):
+    """The accelerated model raises where the original does not."""
+
+
+class Session:
+    """One accelerate() call."""
+
+    def __init__(self, model: nn.Module, exact: bool, say: Callable[[str], None]) -> None:
+        self._found = find_convolutions(model)
+        self._exact = exact
+        self._say = say
+        self._swaps = Swaps()
+        self._layout = ChannelsLast(model)
+        self.chains = [each.chain for each in self._found if each.chain is not None]
+
+    def apply(self, choice: dict[Chain, Form], channels_last: bool) -> None:
+        self._layout.set(channels_last)
+        for chain, form in choice.items():
+            if form is not None:
+                self._swaps.attach(chain, form, self._exact)
+
+    def undo(self) -> None:
+        self._swaps.set(True)
+        self._swaps.undo()
+        self._layout.set(False)
+
+    def apply_unmeasured(self, channels_last: bool) -> Report:
+        """Everything becomes the first of its forms."""
+        choice: dict[Chain, Form] = {chain: forms[0] for chain in self.chains if (forms := forms_of(chain))}
+        self.apply(choice, channels_last)
+        return Report(
+            self._rows(choice, None), _format_name(channels_last), notes=["without example inputs nothing was measured"]
+        )
+
+    # ---- measuring ----
+
+    def measure(
+        self,
+        example: Example,
+        channels_last: bool | None,
+        tolerance: float | None,
+        rounds: int,
+    ) -> Report:
+        """Finds the fastest variant by trials, applies it and reports."""
+        self._say("running the model as it is")
+        expected = example.run()
+        notes: list[str] = []
+        trials = self._trials(example, channels_last, notes)
+        best_estimate = min(map(self._estimate_ms, trials.values()), default=0.0)
+        outcomes = []
+        for in_channels_last, trial in trials.items():
+            choice = {chain: trial.choose(chain) for chain in self.chains}
+            if self._estimate_ms(trial) > _ESTIMATE_MARGIN * best_estimate:
+                notes.append(f"{_format_name(in_channels_last)} was not tried on the whole model: slower by estimate")
+            elif in_channels_last or any(choice.values()):
+                self._say(f"timing the whole model, {_format_name(in_channels_last)}")
+                try:
+                    outcome = self._race(example, trial, choice, in_channels_last, expected, tolerance, rounds)
+                except _DoesNotRun as error:
+                    if not in_channels_last or channels_last:
+                        raise
+                    notes.append(f"{_format_name(in_channels_last)} does not work: {error}")
+                else:
+                    outcomes.append((outcome, choice, in_channels_last))
+        return self._settle(outcomes, trials, notes)
+
+    def _trials(self, example: Example, channels_last: bool | None, notes: list[str]) -> dict[bool, Trial]:
+        """By memory format (channels_last or as it is): every convolution timed."""
+        formats = [False, True] if channels_last is None else [channels_last]
+        stopwatch = Stopwatch(self.chains, example, self._exact, self._say)
+        trials = {}
+        for in_channels_last in formats:
+            if in_channels_last and not self._layout and len(formats) > 1:
+                continue  # there are no weights to change
+            self._layout.set(in_channels_last)
+            try:
+                trials[in_channels_last] = stopwatch.run()
+            except Exception as error:
+                if not in_channels_last or channels_last:
+                    raise
+                # A model may insist on contiguous activations, with `view` for instance.
+                notes.append(f"channels_last does not work: {_first_line(error)}")
+            finally:
+                self._layout.set(False)
+        return trials
+
+    def _estimate_ms(self, trial: Trial) -> float:
+        return trial.seconds * 1e3 - sum(map(trial.gain_ms, self.chains))
+
+    def _race(
+        self,
+        example: Example,
+        trial: Trial,
+        choice: dict[Chain, Form],
+        in_channels_last: bool,
+        expected: Outputs,
+        tolerance: float | None,
+        rounds: int,
+    ) -> Report:
+        """The whole model in one variant against itself as it was. Leaves it as it was."""
+        self.apply(choice, in_channels_last)
+        rows = self._rows(choice, trial)
+        try:
+            try:
+                got = example.run()
+            except Exception as error:
+                raise _DoesNotRun(f"accelerate: the accelerated model fails: {_first_line(error)}") from error
+            far, where = difference(expected, got)
+            self._judge(example, expected, far, where, tolerance, rows)
+
+            def seconds(accelerated: bool) -> float:
+                self._swaps.set(accelerated)
+                self._layout.set(accelerated and in_channels_last)
+                return example.seconds()
+
+            before, after = interleaved_ms([lambda: seconds(False), lambda: seconds(True)], rounds)
+        finally:
+            self.undo()
+        return Report(rows, _format_name(in_channels_last), before, after, far)
+
+    def _judge(
+        self, example: Example, expected: Outputs, far: float, where: str, tolerance: float | None, rows: list[Row]
+    ) -> None:
+        """Raises if outputs that are `far` from the expected ones do not agree with them."""
+        allowed = _default_tolerance(expected) if tolerance is None else tolerance
+        if far <= allowed:
+            return
+        self._swaps.set(False)
+        self._layout.set(False)
+        own, _ = difference(expected, example.run())
+        if not own <= allowed:
+            raise RuntimeError(
+                f"accelerate: the model's own outputs differ by {own:.1e} from run to run; it is restored"
+            )
+        text = f"accelerate: outputs must agree to {allowed:.1e} of their largest magnitude, got {far:.1e} in {where}"
+        rounding = example.rounding_error(expected)
+        if rounding is not None:
+            text += f" (the model's own rounding error is {rounding:.1e})"
+            if tolerance is None and far <= _ROUNDING_MARGIN * rounding:
+                return
+        worst = max(rows, key=lambda row: row.difference or 0.0, default=None)
+        if worst is not None and worst.difference:
+            text += f"; of the convolutions, {worst.name} is off the most, by {worst.difference:.1e}"
+        raise RuntimeError(text + "; the model is restored")
+
+    def _settle(
+        self, outcomes: list[tuple[Report, dict[Chain, Form], bool]], trials: dict[bool, Trial], notes: list[str]
+    ) -> Report:
+        """Applies the variant that gains the most, if any does."""
+        if not outcomes:
+            trial = next(iter(trials.values()), None)
+            nothing: dict[Chain, Form] = dict.fromkeys(self.chains)
+            return Report(self._rows(nothing, trial), notes=[*notes, "nothing is faster than what the model has"])
+        outcomes.sort(key=lambda outcome: _speedup(outcome[0]), reverse=True)
+        (best, choice, in_channels_last), *others = outcomes
+        for other, _, other_format in others:
+            notes.append(f"{_format_name(other_format)} would be {_speedup(other):.2f} times as fast as before")
+        if _speedup(best) > 1:
+            self.apply(choice, in_channels_last)
+        else:
+            notes.append("left as it was: as a whole the accelerated model is not faster")
+            for row in best.rows:
+                row.became = ""
+            best.memory_format = "unchanged"
+        best.notes = notes
+        return best
+
+    # ---- reporting ----
+
+    def _rows(self, choice: dict[Chain, Form], trial: Trial | None) -> list[Row]:
+        """While `choice` is applied."""
+        return [_row(each, None if each.chain is None else choice.get(each.chain), trial) for each in self._found]
+
+
+def _row(found: Found, form: Form, trial: Trial | None) -> Row:
+    chain = found.chain
+    if chain is None:
+        return Row(found.name, type(found.module).__name__, "", reason=found.reason)
+    row = Row(found.name, _describe(chain), _new_name(chain, form))
+    calls = trial.calls.get(chain.conv, []) if trial is not None else []
+    if calls:
+        largest = max(calls, key=lambda timing: timing.ms[None])
+        row.shape, row.before_ms = largest.shape, largest.ms[None]
+        # Of what was left alone, the time that the best alternative would have taken.
+        tried = (
+            form if form in largest.difference else min(largest.difference, key=largest.ms.__getitem__, default=None)
+        )
+        if tried is not None:
+            row.after_ms, row.difference = largest.ms[tried], largest.difference[tried]
+    reasons = []
+    if form is FusedAtrousConv2d:
+        assert isinstance(chain.conv, FusedAtrousConv2d)
+        if row.shape is not None:
+            plan = chain.conv.plan(row.shape)
+            row.path = plan.path
+            reasons.append(plan.reason)
+    elif not why_kernel_is_torchs(chain.conv):
+        reasons.append("torch is faster here" if calls else "not called by the example")
+    else:
+        reasons.append(why_kernel_is_torchs(chain.conv))
+    if chain.norm is None and found.reason:
+        reasons.append(found.reason)
+    row.reason = "; ".join(reasons)
+    return row
+
+
+def _describe(chain: Chain) -> str:
+    conv = chain.conv
+    text = f"{conv.in_channels}->{conv.out_channels} {conv.kernel_size[0]}x{conv.kernel_size[1]}"
+    for name, value, usual in (("stride", conv.stride, (1, 1)), ("rate", conv.dilation, (1, 1))):
+        if value != usual:
+            text += f" {name} {value[0] if value[0] == value[1] else value}"
+    if conv.groups != 1:
+        text += f" groups {conv.groups}"
+    return " + ".join([text, *["batch norm"] * (chain.norm is not None), *["ReLU"] * (chain.relu is not None)])
+
+
+def _new_name(chain: Chain, form: Form) -> str:
+    if form is None:
+        return ""
+    folded = ["batch norm"] * (chain.norm is not None) + ["ReLU"] * (form.fuses_relu and chain.relu is not None)
+    name = "AtrousConv2d" if form is FusedAtrousConv2d else "Conv2d"
+    return " + ".join([name, *folded]) + (" in one" if folded else "")
+
+
+def _format_name(channels_last: bool) -> str:
+    return "channels_last" if channels_last else "unchanged"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _speedup(report: Report) -> float:
+    assert report.before_ms is not None and report.after_ms is not None
+    return report.before_ms / report.after_ms
+
+
+def _default_tolerance(outputs: Outputs) -> float:
+    return max((_TOLERANCES.get(tensor.dtype, _TOLERANCE) for _, tensor in outputs), default=_TOLERANCE)

@@ -1,0 +1,5 @@
+"""Assembled networks."""
+
+from pyseg.models.u2net import U2Net, load_u2net_onnx, u2net, u2netp
+
+__all__ = ["U2Net", "load_u2net_onnx", "u2net", "u2netp"]
