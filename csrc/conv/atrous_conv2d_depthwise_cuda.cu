@@ -8,15 +8,13 @@ namespace {
 constexpr int64_t kMostSize = int64_t{1} << 28;  // sums of a few sizes, paddings and dilations fit an int
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 
-// Columns of one thread. Four read 1.5 columns for each that they write; eight 16-bit channels have registers for two.
-template <typename T, int kSize>
-constexpr int kForwardColumns = kSize == 8 ? 2 : 4;
+constexpr int kForwardColumns = 4;  // of one thread: 1.5 columns read for each one written
 constexpr int kGradientColumns = 2;
 constexpr int kGradientSteps = 8;
 
 constexpr int kLongestWalk = 32, kShortestWalk = 4;
-constexpr int64_t kEnoughThreads = 1 << 16;  // walks are halved below it: more threads, more rows read twice
-constexpr int kEnoughBlocks = 1024;          // the same for the weight gradient's splits
+constexpr int64_t kEnoughThreads = 1 << 15;  // walks are halved below it: more threads, more rows read twice
+constexpr int kEnoughBlocks = 256;           // the same for the weight gradient's splits
 
 bool fits(const Shape& s) {
   for (int64_t size : {s.batch, s.channels, s.height, s.width, s.out_height, s.out_width, s.dilation_h, s.dilation_w,
@@ -78,19 +76,18 @@ int64_t tile_blocks(const DepthwiseTiles& tiles) {
 
 template <typename T, int kSize>
 cudaError_t forward_channels_last(const DepthwiseArgs<T>& args, cudaStream_t stream) {
-  constexpr int kColumns = kForwardColumns<T, kSize>;
   const int vectors = args.channels / kSize;
   int steps = kLongestWalk;
-  DepthwiseWalks walks = make_walks(args, kColumns, steps);
+  DepthwiseWalks walks = make_walks(args, kForwardColumns, steps);
   while (steps > kShortestWalk &&
          int64_t{vectors} * walks.column_groups * walks.row_walks * args.batch < kEnoughThreads) {
-    walks = make_walks(args, kColumns, steps /= 2);
+    walks = make_walks(args, kForwardColumns, steps /= 2);
   }
   const int64_t blocks_per_walk =
       (int64_t{vectors} * walks.column_groups + kDepthwiseThreads - 1) / kDepthwiseThreads;
   const int64_t blocks = blocks_per_walk * walks.row_walks * args.batch;
   if (blocks > kMostBlocks) return cudaErrorInvalidValue;
-  atrous_depthwise_channels_last<T, kSize, kColumns>
+  atrous_depthwise_channels_last<T, kSize, kForwardColumns>
       <<<static_cast<unsigned>(blocks), kDepthwiseThreads, 0, stream>>>(args, walks, static_cast<int>(blocks_per_walk));
   return cudaGetLastError();
 }

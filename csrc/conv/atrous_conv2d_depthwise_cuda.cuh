@@ -102,28 +102,40 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
 
   // 1. Where this thread works.
   const int block_walk = blockIdx.x / blocks_per_walk;
-  const int item = (blockIdx.x - block_walk * blocks_per_walk) * kDepthwiseThreads + threadIdx.x;
+  const int first_item = (blockIdx.x - block_walk * blocks_per_walk) * kDepthwiseThreads;
+  const int first_vector = first_item % vectors;
+  const int item = first_item + threadIdx.x;
   const int image = block_walk / walks.row_walks;
   const int group = item / vectors;
-  if (group >= walks.column_groups) return;
   const int channel = (item - group * vectors) * kSize;
+
+  // 2. The weights of its channels, by way of shared memory: the block's threads need them one vector after the other
+  // from the first one's on, and again from 0, so that their number is the last one's plus one, or all.
+  __shared__ alignas(kVectorBytes) T shared_weight[kDepthwiseThreads * kSize * kTaps];
+  const int block_vectors = min(vectors, kDepthwiseThreads);
+  for (int i = threadIdx.x; i < block_vectors * kTaps; i += kDepthwiseThreads) {
+    int from = first_vector * kTaps + i;
+    from -= from >= vectors * kTaps ? vectors * kTaps : 0;
+    Vector<T, kSize>::load(args.weight + int64_t{from} * kSize).store(shared_weight + i * kSize);
+  }
+  __syncthreads();
+  if (group >= walks.column_groups) return;
   const DepthwisePlace<kColumns> place(walks, group, block_walk - image * walks.row_walks, args.dilation_h,
                                        args.dilation_w);
   if (place.x >= args.out_width || place.y >= args.out_height) return;
-
-  // 2. Its channels' weights; w[channel + i][tap] lies at i * 9 + tap, so that 9 vectors bring all.
+  Vector<T, kSize> raw_weight[kTaps];  // weight[channel + i][tap] is element i * 9 + tap
+#pragma unroll
+  for (int i = 0; i < kTaps; ++i) {
+    raw_weight[i] = Vector<T, kSize>::load(shared_weight + (threadIdx.x % block_vectors * kTaps + i) * kSize);
+  }
   Acc weight[kSize][kTaps];
-  {
-    Vector<T, kSize> raw[kTaps];
 #pragma unroll
-    for (int i = 0; i < kTaps; ++i) raw[i] = Vector<T, kSize>::load(args.weight + int64_t{channel} * kTaps + i * kSize);
+  for (int i = 0; i < kSize; ++i) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const int forward = i * kTaps + tap, turned = i * kTaps + kTaps - 1 - tap;
-        weight[i][tap] = widen(args.flip ? raw[turned / kSize].at[turned % kSize] : raw[forward / kSize].at[forward % kSize]);
-      }
+    for (int tap = 0; tap < kTaps; ++tap) {
+      const int ahead = i * kTaps + tap, turned = i * kTaps + kTaps - 1 - tap;
+      weight[i][tap] = widen(args.flip ? raw_weight[turned / kSize].at[turned % kSize]
+                                       : raw_weight[ahead / kSize].at[ahead % kSize]);
     }
   }
   const ChannelEpilogue<T, kSize> epilogue(args.bias, args.scale, args.shift, args.relu, channel);
@@ -187,10 +199,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
                                                    DepthwiseGradientGrid grid) {
   using Acc = Accumulator<T>;
   constexpr int kSums = kTaps * kSize;
-  constexpr int kMostLanes = 32;
-  // One row of the table per sum; a row is as many words longer as a worker has lanes, so that the lanes of stage 3,
-  // which read several rows at once, hit different banks.
-  __shared__ Acc table[kSums * (kDepthwiseThreads + kMostLanes)];
+  // One row of the table per sum, one element longer than needed: stage 3 reads columns, from different banks.
+  constexpr int kPitch = kDepthwiseThreads + 1;
+  __shared__ Acc table[kSums * kPitch];
   static_assert(sizeof(table) <= 48 * 1024, "static shared memory ends there");
 
   const int lanes = 1 << grid.lanes_log2;
@@ -247,22 +258,20 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
   }
 
   // 2. All sums into the table: rows in the order of the weights of one vector of channels.
-  const int pitch = kDepthwiseThreads + lanes;
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) table[(i * kTaps + tap) * pitch + threadIdx.x] = sums[tap][i];
+    for (int tap = 0; tap < kTaps; ++tap) table[(i * kTaps + tap) * kPitch + threadIdx.x] = sums[tap][i];
   }
   __syncthreads();
 
-  // 3. The workers' sums are added in order and written.
+  // 3. The workers' sums are added in order and written, in the order of memory.
   for (int item = threadIdx.x; item < kSums * lanes; item += kDepthwiseThreads) {
-    const int sum = item >> grid.lanes_log2, of_lane = item & (lanes - 1);
-    const int of_vector = blockIdx.x * lanes + of_lane;
-    if (of_vector >= vectors) continue;
+    const int of_lane = item / kSums, sum = item - of_lane * kSums;
+    if (blockIdx.x * lanes + of_lane >= vectors) break;
     Acc total = 0;
-    for (int i = 0; i < workers; ++i) total += table[sum * pitch + (i << grid.lanes_log2) + of_lane];
-    args.partial[(int64_t{blockIdx.y} * args.channels + of_vector * kSize) * kTaps + sum] = total;
+    for (int i = 0; i < workers; ++i) total += table[sum * kPitch + (i << grid.lanes_log2) + of_lane];
+    args.partial[(int64_t{blockIdx.y} * vectors + blockIdx.x * lanes) * kSums + item] = total;
   }
 }
 
