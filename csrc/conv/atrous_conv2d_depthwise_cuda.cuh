@@ -2,11 +2,11 @@
 //   y[n, oy, ox, c] = epilogue(sum over ky, kx of w[c, ky, kx] * x[n, oy - pad_h + ky * dh, ox - pad_w + kx * dw, c])
 //
 // Memory-bound: at the least, the input is read and the output written once. Output rows oy, oy + dh, oy + 2 dh, ... of
-// one phase share input rows, and so do columns ox, ox + dw, .... A thread owns one 16-byte vector of channels and
-// kColumns columns of one column phase, and walks `steps` rows down one row phase: each input row is loaded once (at
-// kColumns + 2 columns, not 3 * kColumns) and goes into the three output rows in progress, which stay in registers.
-// Neighbouring lanes hold neighbouring channels, so accesses coalesce whatever the dilation. No shared memory, no
-// intermediates. The rows layout (NCHW) is in atrous_conv2d_depthwise_rows_cuda.cuh.
+// one phase share input rows, and so do columns ox, ox + dw, .... A thread owns one vector of channels (8 or 16
+// bytes) and kColumns columns of one column phase, and walks `steps` rows down one row phase: each input row is loaded
+// once (at kColumns + 2 columns, not 3 * kColumns) and goes into the three output rows in progress, in registers.
+// Neighbouring lanes hold neighbouring channels, so accesses coalesce whatever the dilation. Shared memory is for weights only, no
+// intermediates in memory. The rows layout (NCHW) is in atrous_conv2d_depthwise_rows_cuda.cuh.
 // Deterministic: no atomics; the weight gradient writes one partial sum per block and adds them in a fixed order.
 #pragma once
 
@@ -282,7 +282,7 @@ constexpr int kReduceSlices = 8;     // threads that share the splits of one wei
 template <typename T>
 __global__ void __launch_bounds__(kReduceElements* kReduceSlices)
     atrous_depthwise_weight_gradient_reduce(const Accumulator<T>* __restrict__ partial,  // [splits, count]
-                                            T* __restrict__ out,                        // [count]
+                                            T* __restrict__ out,                         // [count]
                                             int splits, int64_t count) {
   __shared__ Accumulator<T> slices[kReduceSlices][kReduceElements];
   const int64_t i = int64_t{blockIdx.x} * kReduceElements + threadIdx.x;

@@ -31,7 +31,8 @@ struct DepthwiseTiles {
   int segments, segment_columns, segment_vectors;
 };
 
-inline DepthwiseTiles depthwise_tiles(int out_height, int out_width, int dilation_h, int dilation_w, int element_bytes) {
+inline DepthwiseTiles depthwise_tiles(int out_height, int out_width, int dilation_h, int dilation_w,
+                                      int element_bytes) {
   DepthwiseTiles tiles;
   const int vector = kVectorBytes / element_bytes;
   tiles.column_tiles = ceil_div(out_width, kRowsMostColumns);
@@ -113,7 +114,8 @@ struct DepthwiseTile {
           T elements[kVector];
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
-            elements[i] = static_cast<unsigned>(column + i) < static_cast<unsigned>(args.width) ? from[i] : narrow<T>(0);
+            elements[i] =
+                static_cast<unsigned>(column + i) < static_cast<unsigned>(args.width) ? from[i] : narrow<T>(0);
           }
           __builtin_memcpy(&bits, elements, kVectorBytes);
         }

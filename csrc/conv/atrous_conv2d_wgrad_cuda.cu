@@ -129,8 +129,9 @@ cudaError_t weight_gradient(const WeightGradient& w, bool tensor_cores, cudaStre
   }
   const int64_t count = s.channels * s.out_channels;
   const dim3 threads(kWgradReduceWeights, kWgradTaps);
-  atrous_wgrad_reduce<T><<<static_cast<unsigned>((count + kWgradReduceWeights - 1) / kWgradReduceWeights), threads, 0,
-                           stream>>>(args, static_cast<T*>(w.grad_weight), count);
+  atrous_wgrad_reduce<T>
+      <<<static_cast<unsigned>((count + kWgradReduceWeights - 1) / kWgradReduceWeights), threads, 0, stream>>>(
+          args, static_cast<T*>(w.grad_weight), count);
   return cudaGetLastError();
 }
 

@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(WgradTile<T, kTile>::kThreads, 2)
     copy(free_stage);
     const T* rows = shared + stage * 2 * Tile::kOperand;
 #pragma unroll
-    for (int k = 0; k < Tile::kPixels; k += WgradFragments<T>::kInner, rows += WgradFragments<T>::kInner * Tile::kPitch) {
+    for (int k = 0; k < Tile::kPixels;
+         k += WgradFragments<T>::kInner, rows += WgradFragments<T>::kInner * Tile::kPitch) {
       uint32_t b[Tile::kWarpN / 16][4];
 #pragma unroll
       for (int j = 0; j < Tile::kWarpN / 16; ++j) {
@@ -240,7 +241,8 @@ __global__ void __launch_bounds__(WgradTile<T, kTile>::kThreads, 2)
 constexpr int kWgradPlainTile = 64;
 constexpr int kWgradPlainPixels = 16;
 constexpr int kWgradPlainThreads = 256;
-static_assert(kWgradPlainThreads * 4 == kWgradPlainTile * kWgradPlainPixels, "a thread copies four channels of a pixel");
+static_assert(kWgradPlainThreads * 4 == kWgradPlainTile * kWgradPlainPixels,
+              "a thread copies four channels of a pixel");
 static_assert(kWgradPlainThreads * 16 == kWgradPlainTile * kWgradPlainTile, "a thread sums 4 x 4 weights");
 
 // Grid as above. A thread sums 4 x 4 weights from two buffers of shared memory; the next pixels' loads are under way
