@@ -4,8 +4,20 @@ import sys as _sys
 
 # `python -m pyseg.collect_env` imports this package first and must work where the lines below fail.
 if "pyseg.collect_env" not in _sys.orig_argv:
-    from pyseg import functional, nn, reference
+    from pyseg import functional, models, nn, reference
+    from pyseg._accelerate import accelerate, report, restore
     from pyseg._build import BuildInfo, build_info, has_cuda
 
     __version__ = build_info().version
-    __all__ = ["BuildInfo", "build_info", "functional", "has_cuda", "nn", "reference"]
+    __all__ = [
+        "BuildInfo",
+        "accelerate",
+        "build_info",
+        "functional",
+        "has_cuda",
+        "models",
+        "nn",
+        "reference",
+        "report",
+        "restore",
+    ]
