@@ -17,12 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import cases
 import harness
 import machine
 import report
 import summary
-import torch
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     plan = select(cases.all_cases(), options)
     if options.list:
-        print("\n".join(f"{case.name}, {count_threads(threads)}" for threads, chosen in plan.items() for case in chosen))
+        print(
+            "\n".join(f"{case.name}, {count_threads(threads)}" for threads, chosen in plan.items() for case in chosen)
+        )
         return 0
     if not any(plan.values()):
         print("no case matches", file=sys.stderr)
