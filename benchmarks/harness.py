@@ -86,8 +86,7 @@ def measure(case: Case, budget: Budget) -> dict[str, Any]:
     running: list[_Running] = []
     with _mode(case):
         for contender in workload.contenders:
-            entry = {"name": contender.name, "ours": contender.ours, "status": "refused", "reason": ""}
-            entries[contender.name] = entry
+            entry = entries[contender.name] = refused(contender, "")
             try:
                 ready = _warm_up(case, contender, expected, budget)
             except Exception as error:  # whatever a peer raises is its result
@@ -100,7 +99,16 @@ def measure(case: Case, budget: Budget) -> dict[str, Any]:
             running.append(ready)
         _time_interleaved(running, budget)
         for ready in running:
-            entries[ready.contender.name].update(_statistics(ready), peak_bytes=extra_peak(ready), status="ok")
+            entry = entries[ready.contender.name]
+            entry.update(_statistics(ready), peak_bytes=extra_peak(ready.prepared.call, ready.estimate_ns), status="ok")
+    return record(case, list(entries.values()))
+
+
+def refused(contender: Contender, reason: str) -> dict[str, Any]:
+    return {"name": contender.name, "ours": contender.ours, "status": "refused", "reason": reason}
+
+
+def record(case: Case, entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": case.name,
         "groups": list(case.groups),
@@ -110,7 +118,7 @@ def measure(case: Case, budget: Budget) -> dict[str, Any]:
         "flops": case.flops,
         "bytes": case.bytes,
         "note": case.note,
-        "entries": list(entries.values()),
+        "entries": entries,
     }
 
 
@@ -214,15 +222,15 @@ def _statistics(ready: _Running) -> dict[str, Any]:
 # ---- memory ----
 
 
-def extra_peak(ready: _Running) -> int | None:
+def extra_peak(call: Callable[[], Any], estimate_ns: int) -> int | None:
     """Bytes by which one call, its result included, raises the process's resident memory at most.
 
     Freed memory is given back to the system first, so that all that the call allocates counts, whoever allocates it
     (torch's allocator, oneDNN, a kernel of ours). None where the kernel does not offer /proc/self/clear_refs.
     """
-    repetitions = 3 if ready.estimate_ns < 300_000_000 else 1
+    repetitions = 3 if estimate_ns < 300_000_000 else 1
     try:
-        return min(_peak_of_call(ready.prepared.call) for _ in range(repetitions))
+        return min(_peak_of_call(call) for _ in range(repetitions))
     except OSError:
         return None
 

@@ -96,6 +96,13 @@ def describe_versions() -> dict[str, str]:
     return {name: version for name, version in versions.items() if version}
 
 
+def capability() -> str:
+    """The instruction set that pyseg's CPU kernels run with."""
+    import pyseg  # not before a case needs it: the rates can be had without
+
+    return pyseg.build_info().cpu_capability
+
+
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 

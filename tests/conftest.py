@@ -9,10 +9,9 @@ import fnmatch
 import os
 from pathlib import Path
 
+import devices
 import pytest
 from _pytest.runner import runtestprotocol
-
-import devices
 from fakegpu_worker import FakeGpuChecks, WorkerProcess
 
 collect_ignore = ["fakegpu"]  # has its own runner: make -C tests/fakegpu check
@@ -49,7 +48,7 @@ def pytest_configure(config):
         "fakegpu_run(sm, order): set by the parameter `device`",
     ):
         config.addinivalue_line("markers", line)
-    mode, why = devices.cuda_mode()
+    mode, _ = devices.cuda_mode()
     if mode == "preloaded":
         config.pluginmanager.register(FakeGpuChecks(), "fakegpu-checks")
     elif mode == "fakegpu":
