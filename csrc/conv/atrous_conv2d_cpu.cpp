@@ -383,9 +383,9 @@ void run_wide(const Forward& f, const Tensor& out) {
 // The same for every dtype: 16-bit ones by way of float32.
 void run_any(const Forward& f, Tensor& out) {
   if (!is_16_bit(f.input)) return run_wide(f, out);
-  const Forward wide{widened(f.input),  widened(f.weight), widened(f.bias), widened(f.scale), widened(f.shift),
-                     f.padding,         f.dilation,        f.groups,        f.relu,           f.exact,
-                     widened(f.packed)};
+  const Forward wide{widened(f.input), widened(f.weight), widened(f.bias),  widened(f.scale),
+                     widened(f.shift), f.padding,         f.dilation,       f.groups,
+                     f.relu,           f.exact,           widened(f.packed)};
   Tensor y = new_map(wide.input, sizes_of(out), is_channels_last(out));
   run_wide(wide, y);
   torch::stable::copy_(out, y);
@@ -410,8 +410,8 @@ void atrous_conv2d_out(Tensor input, Tensor weight, OptTensor bias, OptTensor sc
 
 template <typename T>
 void run_backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Ints& padding,
-                  const Ints& dilation, int64_t groups, bool exact, const Tensor& grad_input,
-                  const Tensor& grad_weight, bool channels_last) {
+                  const Ints& dilation, int64_t groups, bool exact, const Tensor& grad_input, const Tensor& grad_weight,
+                  bool channels_last) {
   const ConvGeometry g = geometry(input, sizes_of(grad), padding, dilation);
   if (grad_input.numel() > 0) {
     const Ints adjoint_padding{2 * dilation[0] - padding[0], 2 * dilation[1] - padding[1]};

@@ -32,9 +32,15 @@ enum Functional : uint8_t {
 };
 
 constexpr double kFunctionalTaps[kFunctionals][3] = {
-    {1. / 4, 0, 0},           {-1. / 6, -1. / 6, -1. / 6}, {-1. / 6, 1. / 6, -1. / 6},
-    {1. / 24, 1. / 12, 1. / 6}, {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1},
-    {0, 1, 0},                {-1, 1, 0},                  {0, -1, 1},
+    {1. / 4, 0, 0},
+    {-1. / 6, -1. / 6, -1. / 6},
+    {-1. / 6, 1. / 6, -1. / 6},
+    {1. / 24, 1. / 12, 1. / 6},
+    {1. / 24, -1. / 12, 1. / 6},
+    {0, 0, 1},
+    {0, 1, 0},
+    {-1, 1, 0},
+    {0, -1, 1},
 };
 
 // kTaps + mask (1..7) is a tap set; kTaps itself (mask 0) is an output without any tap inside the map.
@@ -46,7 +52,7 @@ constexpr int kMaxOutputs = 4;
 
 struct TileSpec {
   int8_t outputs, inputs, products;
-  int8_t offset[kMaxInputs];               // input i lies at (first output) - padding + offset[i] * dilation
+  int8_t offset[kMaxInputs];  // input i lies at (first output) - padding + offset[i] * dilation
   Functional functional[kMaxProducts];
 };
 

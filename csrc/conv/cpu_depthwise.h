@@ -16,7 +16,7 @@ namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
-constexpr int64_t kLineSlack = 64;          // elements behind a line that vectors may read
+constexpr int64_t kLineSlack = 64;           // elements behind a line that vectors may read
 constexpr int64_t kDepthwiseChannels = 512;  // channels_last: channels that go through the map together
 constexpr int kRun = 4;                      // channels_last: outputs of a phase that share inputs
 
@@ -80,8 +80,8 @@ inline void for_rows_by_phase(const ConvGeometry& g, const F& f) {
 
 // One output row from three padded lines. The last vector overlaps the one before it where the row is long enough.
 template <typename T, bool RELU>
-__attribute__((noinline)) void depthwise_line(const T* top, const T* middle, const T* bottom, int64_t d, const T* weight,
-                                              T shift, int64_t n, T* to) {
+__attribute__((noinline)) void depthwise_line(const T* top, const T* middle, const T* bottom, int64_t d,
+                                              const T* weight, T shift, int64_t n, T* to) {
   Vec<T> w[9];
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) w[t] = broadcast(weight[t]);
@@ -163,8 +163,7 @@ __attribute__((noinline)) void depthwise_run(const T* const* in, int64_t n, cons
   int64_t c = 0;
   for (; c + 2 * kLanes<T> <= n; c += 2 * kLanes<T>)
     depthwise_run_vectors<T, RUN, 2>(in, c, w, w_stride, shift, relu_on, out);
-  for (; c + kLanes<T> <= n; c += kLanes<T>)
-    depthwise_run_vectors<T, RUN, 1>(in, c, w, w_stride, shift, relu_on, out);
+  for (; c + kLanes<T> <= n; c += kLanes<T>) depthwise_run_vectors<T, RUN, 1>(in, c, w, w_stride, shift, relu_on, out);
   for (; c < n; ++c) {
     for (int i = 0; i < RUN; ++i) {
       T sum = shift ? shift[c] : T(0);

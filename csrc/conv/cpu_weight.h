@@ -18,7 +18,8 @@ inline void pack_panel(const Weight<T>& w, int64_t c_out, int64_t panel, int64_t
     const T* from = w.data + panel * kPanel * w.stride_out + (k0 + kk) * w.stride_in;
     T* row = to + kk * kPanel;
     for (int64_t j = 0; j < kPanel; ++j) {
-      for (int t = 0; t < 9; ++t) row[t * tap_stride + j] = j < columns ? from[j * w.stride_out + t * w.stride_tap] : T(0);
+      for (int t = 0; t < 9; ++t)
+        row[t * tap_stride + j] = j < columns ? from[j * w.stride_out + t * w.stride_tap] : T(0);
     }
   }
 }
