@@ -96,7 +96,7 @@ cudaError_t forward_channels_last(const DepthwiseArgs<T>& args, cudaStream_t str
   const int64_t blocks_per_walk = (int64_t{vectors} * walks.column_groups + kDepthwiseThreads - 1) / kDepthwiseThreads;
   const int64_t blocks = blocks_per_walk * walks.row_walks * args.batch;
   if (blocks > kMostBlocks) return cudaErrorInvalidValue;
-  atrous_depthwise_channels_last<T, kSize, kForwardColumns<T>>
+  atrous_conv2d_depthwise_channels_last<T, kSize, kForwardColumns<T>>
       <<<static_cast<unsigned>(blocks), kDepthwiseThreads, 0, stream>>>(args, walks, static_cast<int>(blocks_per_walk));
   return cudaGetLastError();
 }
@@ -116,7 +116,7 @@ cudaError_t forward(const Forward& f, bool flip, cudaStream_t stream) {
     const DepthwiseTiles tiles = make_tiles(args);
     const int64_t blocks = tile_blocks(tiles) * s.batch * s.channels;
     if (blocks > kMostBlocks) return cudaErrorInvalidValue;
-    atrous_depthwise_rows<T><<<static_cast<unsigned>(blocks), kRowsThreads, 0, stream>>>(args, tiles);
+    atrous_conv2d_depthwise_rows<T><<<static_cast<unsigned>(blocks), kRowsThreads, 0, stream>>>(args, tiles);
     return cudaGetLastError();
   }
   const bool vectors = s.channels % kVector == 0 && aligned<T>(args.weight) && aligned<T>(args.bias) &&
@@ -163,7 +163,7 @@ void gradient_channels_last(const DepthwiseArgs<T>& args, cudaStream_t stream) {
   const int vectors = args.channels / kSize;
   const DepthwiseGradientGrid grid = gradient_grid(args, walks, vectors);
   const dim3 blocks(ceil_div(vectors, 1 << grid.lanes_log2), grid.splits);
-  atrous_depthwise_weight_gradient_channels_last<T, kSize, kGradientColumns>
+  atrous_conv2d_depthwise_weight_gradient_channels_last<T, kSize, kGradientColumns>
       <<<blocks, kDepthwiseThreads, 0, stream>>>(args, walks, grid);
 }
 
@@ -175,7 +175,7 @@ cudaError_t weight_gradient(const WeightGradient& w, cudaStream_t stream) {
   if (!channels_last(w.shape, w.input_strides, w.grad_output_strides)) {
     const int64_t blocks = splits * args.channels;
     if (blocks > kMostBlocks) return cudaErrorInvalidValue;
-    atrous_depthwise_weight_gradient_rows<T>
+    atrous_conv2d_depthwise_weight_gradient_rows<T>
         <<<static_cast<unsigned>(blocks), kRowsThreads, 0, stream>>>(args, make_tiles(args));
   } else if (gradient_in_vectors<T>(w)) {
     gradient_channels_last<T, kVectorChannels<T>>(args, stream);
@@ -186,7 +186,7 @@ cudaError_t weight_gradient(const WeightGradient& w, cudaStream_t stream) {
 
   const int64_t count = int64_t{args.channels} * kTaps;
   const dim3 threads(kReduceElements, kReduceSlices);
-  atrous_depthwise_weight_gradient_reduce<T>
+  atrous_conv2d_depthwise_weight_gradient_reduce<T>
       <<<static_cast<unsigned>((count + kReduceElements - 1) / kReduceElements), threads, 0, stream>>>(
           args.partial, static_cast<T*>(w.grad_weight), static_cast<int>(splits), count);
   return cudaGetLastError();

@@ -96,7 +96,7 @@ struct DepthwiseRow {
 // Grid: (vectors of channels, then column groups: flattened over the block; row walks; images), all in x.
 template <typename T, int kSize, int kColumns>
 __global__ void __launch_bounds__(kDepthwiseThreads)
-    atrous_depthwise_channels_last(DepthwiseArgs<T> args, DepthwiseWalks walks, int blocks_per_walk) {
+    atrous_conv2d_depthwise_channels_last(DepthwiseArgs<T> args, DepthwiseWalks walks, int blocks_per_walk) {
   using Acc = Accumulator<T>;
   const int vectors = args.channels / kSize;
 
@@ -195,8 +195,8 @@ struct DepthwiseGradientGrid {
 // Grid: (groups of channels, splits).
 template <typename T, int kSize, int kColumns>
 __global__ void __launch_bounds__(kDepthwiseThreads)
-    atrous_depthwise_weight_gradient_channels_last(DepthwiseArgs<T> args, DepthwiseWalks walks,
-                                                   DepthwiseGradientGrid grid) {
+    atrous_conv2d_depthwise_weight_gradient_channels_last(DepthwiseArgs<T> args, DepthwiseWalks walks,
+                                                          DepthwiseGradientGrid grid) {
   using Acc = Accumulator<T>;
   constexpr int kSums = kTaps * kSize;
   // One row of the table per sum, one element longer than needed: stage 3 reads columns, from different banks.
@@ -281,9 +281,9 @@ constexpr int kReduceSlices = 8;     // threads that share the splits of one wei
 // out[i] = sum over splits of partial[split, i], in a fixed order. Block: (kReduceElements, kReduceSlices).
 template <typename T>
 __global__ void __launch_bounds__(kReduceElements* kReduceSlices)
-    atrous_depthwise_weight_gradient_reduce(const Accumulator<T>* __restrict__ partial,  // [splits, count]
-                                            T* __restrict__ out,                         // [count]
-                                            int splits, int64_t count) {
+    atrous_conv2d_depthwise_weight_gradient_reduce(const Accumulator<T>* __restrict__ partial,  // [splits, count]
+                                                   T* __restrict__ out,                         // [count]
+                                                   int splits, int64_t count) {
   __shared__ Accumulator<T> slices[kReduceSlices][kReduceElements];
   const int64_t i = int64_t{blockIdx.x} * kReduceElements + threadIdx.x;
   Accumulator<T> sum = 0;

@@ -165,7 +165,8 @@ struct DepthwiseWalk {
 
 // Grid: tiles of a plane fastest, then channels, then images, all in x.
 template <typename T>
-__global__ void __launch_bounds__(kRowsThreads) atrous_depthwise_rows(DepthwiseArgs<T> args, DepthwiseTiles tiles) {
+__global__ void __launch_bounds__(kRowsThreads)
+    atrous_conv2d_depthwise_rows(DepthwiseArgs<T> args, DepthwiseTiles tiles) {
   using Acc = Accumulator<T>;
   __shared__ uint4 shared[kTileVectors];
   __shared__ Acc shared_weight[kTaps];
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kRowsThreads) atrous_depthwise_rows(DepthwiseA
 // partial[image * tiles + tile, c, ky, kx] = sum over the tile's outputs of g * x. Grid as above.
 template <typename T>
 __global__ void __launch_bounds__(kRowsThreads)
-    atrous_depthwise_weight_gradient_rows(DepthwiseArgs<T> args, DepthwiseTiles tiles) {
+    atrous_conv2d_depthwise_weight_gradient_rows(DepthwiseArgs<T> args, DepthwiseTiles tiles) {
   using Acc = Accumulator<T>;
   constexpr int kWarps = kRowsThreads / 32;
   __shared__ uint4 shared[kTileVectors];

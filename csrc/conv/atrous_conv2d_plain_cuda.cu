@@ -61,9 +61,9 @@ cudaError_t dense_plain(const Forward& f, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((args.pixels + kPlainTile - 1) / kPlainTile),
                   static_cast<unsigned>((s.out_channels + kPlainTile - 1) / kPlainTile));
   if (f.output_strides.c == 1 && s.out_channels > 1) {
-    atrous_conv_plain<T, false><<<grid, kPlainThreads, 0, stream>>>(args);
+    atrous_conv2d_plain<T, false><<<grid, kPlainThreads, 0, stream>>>(args);
   } else {
-    atrous_conv_plain<T, true><<<grid, kPlainThreads, 0, stream>>>(args);
+    atrous_conv2d_plain<T, true><<<grid, kPlainThreads, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }

@@ -50,7 +50,7 @@ __device__ __forceinline__ int plain_column(int column, int row) {
 // kRows: the output's pixels are neighbours in memory, not its channels; lanes are dealt accordingly.
 // Grid: (tiles of pixels, tiles of output channels).
 template <typename T, bool kRows>
-__global__ void __launch_bounds__(kPlainThreads) atrous_conv_plain(const __grid_constant__ PlainArgs<T> args) {
+__global__ void __launch_bounds__(kPlainThreads) atrous_conv2d_plain(const __grid_constant__ PlainArgs<T> args) {
   using Acc = Accumulator<T>;
   __shared__ alignas(kVectorBytes) Acc shared[2][2][kPlainInner][kPlainTile];  // [buffer, operand, c, pixel or k]
   static_assert(sizeof(shared) <= 48 * 1024, "static shared memory ends there");
