@@ -7,6 +7,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := test bench demo lint
+CXX_SOURCES = $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 NO_CUDA := no nvcc on PATH: the CUDA kernels are neither built nor tested
 
 # Configures and builds one variant in place of its last state: $(call build,folder,options)
@@ -15,17 +16,19 @@ build = PATH="$(BIN):$$PATH" cmake -G Ninja -S . -B $(1) -DPython_EXECUTABLE=$(B
         grep '^-- pyseg:' $(1).log; \
         PATH="$(BIN):$$PATH" cmake --build $(1)
 
-.PHONY: help dev demo test bench lint sanitize check-cuda wheel clean distclean
+.PHONY: help dev demo test bench lint format sanitize check-cuda wheel clean distclean
 
 help:
 	@echo 'make demo        cut the subject out of three photographs with an accelerated U2-Net'
 	@echo 'make test        build and run the whole test suite'
 	@echo 'make bench       measure pyseg beside its peers'
 	@echo 'make lint        ruff, mypy, clang-format'
+	@echo 'make format      apply the formatters'
 	@echo 'make sanitize    CPU tests under the address, undefined-behaviour and thread sanitizers'
 	@echo 'make check-cuda  check the CUDA kernels, without a GPU too'
 	@echo 'make dev         build in place; afterwards .venv/bin/python imports this tree'
 	@echo 'make wheel       sdist and wheel, CUDA kernels for all architectures, in dist/'
+	@echo 'ARGS=... is handed to pytest, the demo, the benchmark or the CUDA check: make test ARGS="-k depthwise"'
 	@echo 'make clean       remove what was built; make distclean removes .venv too'
 
 $(READY): pyproject.toml tools/requirements.py
@@ -44,19 +47,24 @@ dev: $(READY)
 	@$(call build,build/dev,-DPYSEG_INPLACE=ON -DPYSEG_CUDA=$(CUDA))
 
 demo: dev
-	@$(BIN)/python examples/segment_photo.py
+	@$(BIN)/python examples/segment_photo.py $(ARGS)
 
 test: dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(ARGS)
 
 bench: dev
-	@$(BIN)/python benchmarks/run.py
+	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(READY)
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # A package of its own beside the source tree: $(call sanitized,folder,sanitizers)
 sanitized = $(call build,$(1),-DPYSEG_CUDA=OFF -DPYSEG_SANITIZE='$(2)') && \
@@ -70,7 +78,7 @@ sanitize: $(READY)
 	@tools/sanitize.sh $(BIN)/python
 
 check-cuda: dev
-	@$(if $(filter OFF,$(CUDA)),echo '$(NO_CUDA)',$(BIN)/python tools/check_cuda.py)
+	@$(if $(filter OFF,$(CUDA)),echo '$(NO_CUDA)',$(BIN)/python tools/check_cuda.py $(ARGS))
 
 wheel: $(READY)
 	@$(BIN)/python -m build --no-isolation --outdir dist -Cbuild-dir=build/wheel \

@@ -9,10 +9,9 @@ import fnmatch
 import os
 from pathlib import Path
 
+import devices
 import pytest
 from _pytest.runner import runtestprotocol
-
-import devices
 from fakegpu_worker import FakeGpuChecks, WorkerProcess
 
 collect_ignore = ["fakegpu"]  # has its own runner: make -C tests/fakegpu check
@@ -42,13 +41,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for line in (
         "cuda: the test uses a CUDA device (set by the parameter `device`)",
+        "cuda_only: the parameter `device` is never cpu",
         "sm(*capabilities): compute capabilities of the fake GPU that the test is for (default 80, 90)",
         "block_orders: also run with the orders of --cuda-orders on the fake GPU",
         "needs_gpu(reason): skipped on the fake GPU",
         "fakegpu_run(sm, order): set by the parameter `device`",
     ):
         config.addinivalue_line("markers", line)
-    mode, why = devices.cuda_mode()
+    mode, _ = devices.cuda_mode()
     if mode == "preloaded":
         config.pluginmanager.register(FakeGpuChecks(), "fakegpu-checks")
     elif mode == "fakegpu":
@@ -69,7 +69,8 @@ def pytest_generate_tests(metafunc):
         return
     if any("device" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
         return
-    metafunc.parametrize("device", ["cpu", *cuda_parameters(metafunc.definition, metafunc.config)])
+    cpu = [] if metafunc.definition.get_closest_marker("cuda_only") else ["cpu"]
+    metafunc.parametrize("device", [*cpu, *cuda_parameters(metafunc.definition, metafunc.config)])
 
 
 def cuda_parameters(definition, config):

@@ -1,7 +1,7 @@
 """Asserts what CUDA kernels did, so that a scalar loop cannot pass for the tensor-core path:
 
-    with cuda_budget("atrous_conv2d_dense", min_bytes=x.nbytes + w.nbytes + y.nbytes, mma=macs, max_fma=4 * y.numel()):
-        y = torch.ops.pyseg.atrous_conv2d(x, w, ...)
+with cuda_budget("atrous_conv2d_dense", min_bytes=x.nbytes + w.nbytes + y.nbytes, mma=macs, max_fma=4 * y.numel()):
+    y = torch.ops.pyseg.atrous_conv2d(x, w, ...)
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import os
 import re
 
 import pytest
-
 from devices import fake_gpu
 
 

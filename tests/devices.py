@@ -10,13 +10,14 @@ A test takes the argument `device` and is run once with "cpu" and once with "cud
 `@pytest.mark.parametrize("device", DEVICES)`. On a machine with a GPU the `cuda` half uses it. Elsewhere it runs in a
 child process under tests/fakegpu, which interprets the kernels of pyseg._C_cuda and checks every access; a violation
 fails the test that caused it. aten operators on CUDA tensors work there too (on the CPU, slowly: keep shapes small,
-and make large inputs on the CPU). There are two devices, cuda:0 and cuda:1. Where neither is possible the `cuda`
-half is skipped with the reason.
+and make large inputs on the CPU). There are two devices, cuda:0 and cuda:1. PYSEG_FAKEGPU=1 takes the fake GPU on a
+machine with a real one too. Where neither is possible the `cuda` half is skipped with the reason.
 
     pytest tests/conv -k cuda                        the CUDA half of a folder
     pytest --cuda-sm=75,80,90 --cuda-orders=forward,reverse,random      every variant, as `make check-cuda` does
 
-Markers for tests that take `device`; all three concern the fake GPU only:
+Markers for tests that take `device`; the last three concern the fake GPU only:
+    @pytest.mark.cuda_only          what happens inside CUDA kernels: no run on the CPU
     @pytest.mark.sm(75)             the compute capabilities that the test is for (default 80 and 90). A plain run
                                     takes the first one.
     @pytest.mark.block_orders       blocks communicate: `--cuda-orders` runs the test once for each order of the blocks
@@ -80,19 +81,20 @@ def cuda_mode() -> tuple[str, str]:
     """How the `cuda` tests of this run are executed: ("gpu" | "preloaded" | "fakegpu" | "none", why)."""
     import torch
 
-    if importlib.util.find_spec("pyseg") is None or importlib.util.find_spec("pyseg._C_cuda") is None:
+    package = importlib.util.find_spec("pyseg")  # not imported: a broken module is for its own tests to report
+    if package is None or not any(Path(folder).glob("_C_cuda*.so") for folder in package.submodule_search_locations):
         return "none", "pyseg was built without CUDA"
     if torch.version.cuda is None:
         return "none", "this torch is a CPU build"
     if fake_gpu() is not None:
         return "preloaded", "the fake GPU is preloaded into this process"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("PYSEG_FAKEGPU") != "1":
         return "gpu", torch.cuda.get_device_name(0)
     if shutil.which(os.environ.get("NVCC", "nvcc")) is None:
         return "none", "no GPU, and no nvcc to build the fake one"
     if shutil.which("make") is None or shutil.which(os.environ.get("CXX", "g++")) is None:
         return "none", "no GPU, and no make or g++ to build the fake one"
-    return "fakegpu", "no GPU: kernels are interpreted by tests/fakegpu"
+    return "fakegpu", "kernels are interpreted by tests/fakegpu"
 
 
 def build_fakegpu() -> None:

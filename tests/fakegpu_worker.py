@@ -15,9 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
 import devices
+import pytest
 
 
 class WorkerProcess:
@@ -99,7 +98,9 @@ class WorkerProcess:
         """Ends the child after its last test; returns what went wrong outside the tests."""
         self._requests.close()
         status = self._process.wait()
-        trouble = [] if status == 0 else [f"the process for sm_{self.sm} ended with {status}", *_read(self._log).splitlines()]
+        trouble = (
+            [] if status == 0 else [f"the process for sm_{self.sm} ended with {status}", *_read(self._log).splitlines()]
+        )
         self._folder.cleanup()
         self.alive = False
         return trouble
@@ -185,4 +186,8 @@ if __name__ == "__main__":
     requests, replies = (os.fdopen(int(fd), mode) for fd, mode in zip(sys.argv[1:3], "rw", strict=True))
     del os.environ["LD_PRELOAD"]  # compilers and the like that a test starts need no GPU
     status = pytest.main(sys.argv[3:], plugins=[Worker(requests, replies)])
-    sys.exit(0 if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED) else int(status))
+    sys.exit(
+        0
+        if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+        else int(status)
+    )

@@ -132,6 +132,10 @@ Tensor new_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, b
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
 void copy_map(const Launches& launches, const Tensor& from, const Tensor& to, DType dtype) {
   auto strides = [](const Tensor& t) -> Strides { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; };
   launches.check(launch_copy_map(from.data_ptr(), strides(from), to.data_ptr(), strides(to), from.size(0), from.size(1),
@@ -191,8 +195,12 @@ void run_dense(const Launches& launches, const Shape& shape, DType dtype, const 
                      .output = out.data_ptr(),
                      .output_strides = {out.stride(0), out.stride(1), out.stride(2), out.stride(3)},
                      .epilogue = epilogue};
-  launches.check(uses_tensor_cores(dtype, allow_tf32) ? launch_dense_tensor_cores(args, launches.stream())
-                                                      : launch_dense_plain(args, launches.stream()));
+  if (uses_tensor_cores(dtype, allow_tf32)) {
+    const Tensor workspace = new_workspace(x, dense_tensor_cores_workspace(args));
+    launches.check(launch_dense_tensor_cores(args, workspace.data_ptr(), launches.stream()));
+  } else {
+    launches.check(launch_dense_plain(args, launches.stream()));
+  }
 }
 
 // weight: [C, 1, 3, 3] of any strides; input of any strides, brought to the output's layout.
@@ -342,7 +350,7 @@ std::tuple<Tensor, Tensor> atrous_conv2d_backward(Tensor grad_output, Tensor inp
     const bool tensor_cores = uses_tensor_cores(dtype, allow_tf32);
     const int64_t bytes =
         dense ? dense_weight_gradient_workspace(args, tensor_cores) : depthwise_weight_gradient_workspace(args);
-    const Tensor workspace = torch::stable::new_empty(input, {bytes}, ScalarType::Byte);
+    const Tensor workspace = new_workspace(input, bytes);
     args.workspace = workspace.data_ptr();
     launches.check(dense ? launch_dense_weight_gradient(args, tensor_cores, launches.stream())
                          : launch_depthwise_weight_gradient(args, launches.stream()));

@@ -82,8 +82,9 @@ cudaError_t launch_dense_weight_gradient(const WeightGradient& args, bool tensor
 cudaError_t launch_dense_plain(const Forward& args, cudaStream_t stream);
 
 // --- Dense forward with mma.sync (atrous_conv2d_dense_cuda.cu): half, bfloat16, float32 as tf32; sm_80 and above.
-// Layouts as in launch_dense_plain.
-cudaError_t launch_dense_tensor_cores(const Forward& args, cudaStream_t stream);
+// Layouts as in launch_dense_plain; workspace: dense_tensor_cores_workspace(args) bytes, 256-byte aligned, uninitialised.
+int64_t dense_tensor_cores_workspace(const Forward& args);
+cudaError_t launch_dense_tensor_cores(const Forward& args, void* workspace, cudaStream_t stream);
 
 // --- Rearranging (atrous_conv2d_layout_cuda.cu).
 // packed [3, 3, C_out, C_in] from weight [C_out, C_in, 3, 3] of any strides: packed[ky][kx][k][c] = weight[k, c, ky, kx],

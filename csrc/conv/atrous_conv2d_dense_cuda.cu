@@ -39,30 +39,75 @@ void number_pixels(DenseParams<T>& p, const Shape& shape) {
   }
 }
 
+// Into how many parts C_in is split: enough for kBlocksPerProcessor blocks on each multiprocessor, of at least
+// kMinSplitChunks iterations a tap each.
+constexpr int kBlocksPerProcessor = 4;
+constexpr int kMinSplitChunks = 4;
+
+struct Plan {
+  enum Tile { k128x128, k128x64, k64x64, k128x32, k128x16 } tile;
+  int splits, channels_per_split;
+};
+
+// As narrow a tile as the output channels allow; among wide ones the largest that gives every multiprocessor a block. If
+// none does, C_in is split.
+Plan make_plan(const Shape& s, int element, int access, bool may_split) {
+  const int64_t pixels = s.batch * s.out_height * s.out_width, processors = multiprocessor_count();
+  auto tiles = [&](int64_t tile_pixels, int64_t tile_channels) {
+    return (pixels + tile_pixels - 1) / tile_pixels * ((s.out_channels + tile_channels - 1) / tile_channels);
+  };
+  const int channels = static_cast<int>(s.channels), chunk = 64 / element;
+  Plan plan{Plan::k64x64, 1, channels};
+  if (access == 16 && s.out_channels <= 16) {
+    plan.tile = Plan::k128x16;
+  } else if (access == 16 && s.out_channels <= 32) {
+    plan.tile = Plan::k128x32;
+  } else if (access == 16 && s.out_channels > 64 && tiles(128, 128) >= processors) {
+    plan.tile = Plan::k128x128;
+  } else if (access == 16 && tiles(128, 64) >= processors) {
+    plan.tile = Plan::k128x64;
+  } else if (may_split && tiles(64, 64) < processors) {
+    const int64_t wanted = processors * kBlocksPerProcessor / std::max<int64_t>(tiles(64, 64), 1);
+    const int chunks = (channels + chunk - 1) / chunk;
+    const int splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(chunks / kMinSplitChunks, 1)));
+    if (splits > 1) {
+      plan.channels_per_split = (chunks + splits - 1) / splits * chunk;
+      plan.splits = (channels + plan.channels_per_split - 1) / plan.channels_per_split;
+    }
+  }
+  return plan;
+}
+
+// The widest copies from global to shared memory, in bytes, that the input and the weight allow.
+int access_bytes(const Forward& args) {
+  const int element = element_size(args.dtype);
+  for (int bytes : {16, 4}) {
+    if (multiple_of(bytes, args.input, args.input_strides, element) && multiple_of(bytes, args.weight, {}, element) &&
+        args.shape.channels * element % bytes == 0) {
+      return bytes;
+    }
+  }
+  return 2;
+}
+
 template <typename T, typename Tile, int kAccess>
-cudaError_t launch(const DenseParams<T>& p, cudaStream_t stream) {
+cudaError_t launch(const DenseParams<T>& p, const Plan& plan, cudaStream_t stream) {
   const int64_t blocks = (static_cast<int64_t>(p.first[3]) + Tile::kPixels - 1) / Tile::kPixels *
                          ((p.out_channels + Tile::kChannels - 1) / Tile::kChannels);
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  atrous_conv2d_dense_kernel<T, Tile, kAccess><<<static_cast<unsigned>(blocks), Tile::kThreads, 0, stream>>>(p);
+  const dim3 grid(static_cast<unsigned>(blocks), plan.splits);
+  atrous_conv2d_dense_kernel<T, Tile, kAccess><<<grid, Tile::kThreads, 0, stream>>>(p);
+  if (plan.splits > 1) {
+    const uint32_t outputs = p.first[3] * p.out_channels;
+    atrous_conv2d_dense_finish_kernel<T>
+        <<<(outputs + kFinishThreads - 1) / kFinishThreads, kFinishThreads, 0, stream>>>(p, plan.splits);
+  }
   return cudaGetLastError();
 }
 
-// The tile: as narrow as the output channels; among wide ones the largest that gives every multiprocessor a block.
 template <typename T>
-cudaError_t launch_tile(const DenseParams<T>& p, cudaStream_t stream) {
-  if (p.out_channels <= 16) return launch<T, Tile128x16, 16>(p, stream);
-  if (p.out_channels <= 32) return launch<T, Tile128x32, 16>(p, stream);
-  const int64_t rows = (static_cast<int64_t>(p.first[3]) + 127) / 128, processors = multiprocessor_count();
-  if (p.out_channels > 64 && rows * ((p.out_channels + 127) / 128) >= processors) {
-    return launch<T, Tile128x128, 16>(p, stream);
-  }
-  if (rows * ((p.out_channels + 63) / 64) >= processors) return launch<T, Tile128x64, 16>(p, stream);
-  return launch<T, Tile64x64, 16>(p, stream);
-}
-
-template <typename T>
-cudaError_t launch_typed(const Forward& args, int64_t first_image, int64_t images, cudaStream_t stream) {
+cudaError_t launch_typed(const Forward& args, int64_t first_image, int64_t images, void* workspace,
+                         cudaStream_t stream) {
   Shape shape = args.shape;
   shape.batch = images;
   const Strides &in = args.input_strides, &out = args.output_strides;
@@ -95,35 +140,48 @@ cudaError_t launch_typed(const Forward& args, int64_t first_image, int64_t image
     p.tap_offset[tap] = tap / 3 * shape.dilation_h * in.h + tap % 3 * shape.dilation_w * in.w;
   }
   number_pixels(p, shape);
+  const int access = access_bytes(args);
+  const Plan plan = make_plan(shape, sizeof(T), access, workspace != nullptr);
+  p.partial = plan.splits > 1 ? static_cast<float*>(workspace) : nullptr;
+  p.channels_per_split = plan.channels_per_split;
 
-  // Input that allows no 16-byte copies (channels not a multiple of 8 or 4, odd slices) takes narrower ones.
-  auto access = [&](int64_t bytes) {
-    return multiple_of(bytes, p.input, in, sizeof(T)) && multiple_of(bytes, p.weight, {}, sizeof(T)) &&
-           shape.channels * static_cast<int64_t>(sizeof(T)) % bytes == 0;
-  };
-  if (access(16)) return launch_tile<T>(p, stream);
   if constexpr (sizeof(T) == 2) {
-    if (!access(4)) return launch<T, Tile64x64, 2>(p, stream);
+    if (access == 2) return launch<T, Tile64x64, 2>(p, plan, stream);
   }
-  return launch<T, Tile64x64, 4>(p, stream);
+  if (access == 4) return launch<T, Tile64x64, 4>(p, plan, stream);
+  switch (plan.tile) {
+    case Plan::k128x128: return launch<T, Tile128x128, 16>(p, plan, stream);
+    case Plan::k128x64: return launch<T, Tile128x64, 16>(p, plan, stream);
+    case Plan::k64x64: return launch<T, Tile64x64, 16>(p, plan, stream);
+    case Plan::k128x32: return launch<T, Tile128x32, 16>(p, plan, stream);
+    case Plan::k128x16: return launch<T, Tile128x16, 16>(p, plan, stream);
+  }
+  return cudaErrorInvalidValue;
 }
+
+// The kernel numbers pixels in 32 bits: larger batches go in parts of so many images.
+int64_t images_at_once(const Shape& s) { return INT32_MAX / std::max<int64_t>(s.out_height * s.out_width, 1); }
 
 }  // namespace
 
-cudaError_t launch_dense_tensor_cores(const Forward& args, cudaStream_t stream) {
+int64_t dense_tensor_cores_workspace(const Forward& args) {
   const Shape& s = args.shape;
-  const int64_t pixels = s.out_height * s.out_width;
-  if (s.batch * pixels * s.out_channels == 0) return cudaSuccess;
-  // The kernel numbers pixels in 32 bits: larger batches go in parts.
-  constexpr int64_t kMaxPixels = INT32_MAX;
-  if (pixels > kMaxPixels) return cudaErrorInvalidValue;
-  const int64_t images = kMaxPixels / pixels;
+  if (s.batch > images_at_once(s)) return 0;
+  const Plan plan = make_plan(s, element_size(args.dtype), access_bytes(args), true);
+  if (plan.splits == 1) return 0;
+  return plan.splits * s.batch * s.out_height * s.out_width * s.out_channels * static_cast<int64_t>(sizeof(float));
+}
+
+cudaError_t launch_dense_tensor_cores(const Forward& args, void* workspace, cudaStream_t stream) {
+  const Shape& s = args.shape;
+  if (s.batch * s.out_height * s.out_width * s.out_channels == 0) return cudaSuccess;
+  const int64_t images = images_at_once(s);
   for (int64_t first = 0; first < s.batch; first += images) {
     const int64_t count = std::min(images, s.batch - first);
     cudaError_t error = cudaErrorInvalidValue;
-    if (args.dtype == DType::kHalf) error = launch_typed<__half>(args, first, count, stream);
-    if (args.dtype == DType::kBFloat16) error = launch_typed<__nv_bfloat16>(args, first, count, stream);
-    if (args.dtype == DType::kFloat) error = launch_typed<float>(args, first, count, stream);
+    if (args.dtype == DType::kHalf) error = launch_typed<__half>(args, first, count, workspace, stream);
+    if (args.dtype == DType::kBFloat16) error = launch_typed<__nv_bfloat16>(args, first, count, workspace, stream);
+    if (args.dtype == DType::kFloat) error = launch_typed<float>(args, first, count, workspace, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

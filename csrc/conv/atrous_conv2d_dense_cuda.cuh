@@ -7,7 +7,8 @@
 // Pixels are numbered in up to three column strips (see ColumnStrips), so that most blocks see only the columns where a
 // side tap hits the map or only those where it misses it. A block computes kPixels x kChannels outputs; it leaves out the
 // taps that miss the map for all its pixels (Chen et al. 2017, 1706.05587, section 3.2: large rates degenerate), a warp
-// computes kWarpPixels x kWarpChannels of it, the threads copy a ring of kStages stages ahead with cp.async.
+// computes kWarpPixels x kWarpChannels of it, the threads copy a ring of kStages stages ahead with cp.async. Where the
+// output has too few tiles for the device, C_in is split among blocks, and a second kernel adds their partial sums.
 // Least bytes: input + weight + output once. Deterministic: fixed order of sums, no atomics.
 #pragma once
 
@@ -38,6 +39,11 @@ struct DenseParams {
   // start at number first[s]. Any cut may be empty.
   int cut[4];
   uint32_t first[4];
+  // Split sums: block (., s) multiplies channels_per_split channels only and leaves its sums in the s-th part of
+  // `partial`, float32 [pixels, out_channels], or [out_channels, pixels] where the output is not channels last. Null:
+  // not split.
+  float* partial;
+  int channels_per_split;
 };
 
 // What a block computes and how its warps share it. One iteration of the main loop multiplies 64 bytes of one tap's
@@ -89,39 +95,40 @@ __device__ inline Pixel pixel_of(uint32_t number, const DenseParams<T>& p) {
   return {row / p.out_height, row % p.out_height, p.cut[s] + (number - p.first[s]) % width};
 }
 
-// Copies kBytes of global to shared memory, zeros where not valid; asynchronously unless they are too few for cp.async.
-template <int kBytes>
-__device__ inline void copy_piece(unsigned char* shared, const unsigned char* global, bool valid) {
-  if constexpr (kBytes == 2) {
-    *reinterpret_cast<uint16_t*>(shared) = valid ? *reinterpret_cast<const uint16_t*>(global) : uint16_t{0};
-  } else {
-    ptx::cp_async<kBytes>(ptx::shared_address(shared), global, valid);
-  }
-}
-
-// kRowsPerThread rows of 64 bytes that one thread keeps filling: where they come from, which taps hit the map.
+// How kThreads threads copy kRows rows of 64 bytes to shared memory, kAccess bytes at a time.
 template <int kRows, int kThreads, int kAccess>
-struct RowCopier {
+struct RowCopy {
   static constexpr int kPiecesPerRow = 64 / kAccess;
   static constexpr int kRowStep = kThreads / kPiecesPerRow;
   static constexpr int kRowsPerThread = (kRows + kRowStep - 1) / kRowStep;
   static_assert(kThreads % kPiecesPerRow == 0, "all pieces of a row at once");
 
-  const unsigned char* source[kRowsPerThread];
-  uint32_t taps[kRowsPerThread];  // bit t: tap t of this row may be read
-
+  // This thread's i-th row, and its place in every row.
   __device__ static int row(int i) { return threadIdx.x / kPiecesPerRow + i * kRowStep; }
   __device__ static int byte() { return threadIdx.x % kPiecesPerRow * kAccess; }
 
-  __device__ void copy(unsigned char* shared, int64_t byte_offset, int tap, bool channels_valid) const {
+  // Starts the copies: source(i) is this thread's piece of its i-th row, taken for zeros where !valid(i). Pieces too
+  // small for cp.async are copied at once.
+  template <typename Source, typename Valid>
+  __device__ static void start(unsigned char* shared, Source source, Valid valid) {
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       if (kRows % kRowStep != 0 && row(i) >= kRows) break;
-      const bool valid = channels_valid && (taps[i] >> tap & 1);
-      copy_piece<kAccess>(shared + swizzled<64>(row(i), byte()), source[i] + byte_offset, valid);
+      unsigned char* const to = shared + swizzled<64>(row(i), byte());
+      if constexpr (kAccess == 2) {
+        *reinterpret_cast<uint16_t*>(to) = valid(i) ? *reinterpret_cast<const uint16_t*>(source(i)) : uint16_t{0};
+      } else {
+        ptx::cp_async<kAccess>(ptx::shared_address(to), source(i), valid(i));
+      }
     }
   }
 };
+
+// NaN stays NaN.
+__device__ inline float epilogue(float sum, float bias, float scale, float shift, bool relu) {
+  const float v = (sum + bias) * scale + shift;
+  return relu && v < 0 ? 0.0f : v;
+}
 
 // Two neighbouring channels in the output's type, as they lie in memory.
 __device__ inline float2 pack(float a, float b, const float*) { return {a, b}; }
@@ -133,7 +140,7 @@ __device__ inline void assign(__nv_bfloat16& to, float v) { to = __float2bfloat1
 
 // Writes the fragments of 32 pixels of a warp's tile, lanes along channels. output points to the warp's first channel,
 // offsets[i] says where pixel i lies from there (-1: nowhere), `channels` how many of the tile exist.
-template <typename T, typename Tile>
+template <typename Tile, typename T>
 __device__ inline void store_channels_last(const float (*sum)[Tile::kWarpChannels / 8][4], unsigned char* slice,
                                            T* output, const int64_t* offsets, int channels, bool vector_stores) {
   constexpr int kRowBytes = Tile::kWarpChannels * sizeof(T), kPieces = kRowBytes / 16, kPerPiece = 16 / sizeof(T);
@@ -181,7 +188,7 @@ __device__ inline void store_channels_last(const float (*sum)[Tile::kWarpChannel
 }
 
 // The same for an output whose channels lie channel_stride apart: lanes along pixels.
-template <typename T, typename Tile>
+template <typename Tile, typename T>
 __device__ inline void store_rows(const float (*sum)[Tile::kWarpChannels / 8][4], unsigned char* slice, T* output,
                                   const int64_t* offsets, int channels, int64_t channel_stride) {
   float* const rows = reinterpret_cast<float*>(slice);  // [channel][kPaddedPixels]
@@ -212,23 +219,27 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
   constexpr int kChunk = Tile::kRowBytes / sizeof(T);  // channels per iteration
   constexpr int kStep = 32 / sizeof(T);                // channels per mma
   constexpr int kPixelFragments = Tile::kWarpPixels / 16, kChannelFragments = Tile::kWarpChannels / 8;
-  using PixelCopier = RowCopier<Tile::kPixels, Tile::kThreads, kAccess>;
-  using ChannelCopier = RowCopier<Tile::kChannels, Tile::kThreads, kAccess>;
+  using PixelCopy = RowCopy<Tile::kPixels, Tile::kThreads, kAccess>;
+  using ChannelCopy = RowCopy<Tile::kChannels, Tile::kThreads, kAccess>;
+  static_assert(PixelCopy::kPiecesPerRow == ChannelCopy::kPiecesPerRow, "one place in a row for both");
   __shared__ __align__(128) unsigned char ring[Tile::kSharedBytes];
 
   const uint32_t channel_tiles = (p.out_channels + Tile::kChannels - 1) / Tile::kChannels;
   const uint32_t first_pixel = blockIdx.x / channel_tiles * Tile::kPixels;
   const int first_channel = blockIdx.x % channel_tiles * Tile::kChannels;
   const uint32_t pixels = p.first[3];
+  const int channel_begin = blockIdx.y * p.channels_per_split;
+  const int channel_end = min(channel_begin + p.channels_per_split, p.channels);
 
-  // 1. The rows that this thread copies, and the taps that hit the map anywhere in the block.
-  PixelCopier from_input;
+  // 1. The rows that this thread copies: where the pixels' first taps lie, which taps hit the map.
+  const unsigned char* pixel_source[PixelCopy::kRowsPerThread];
+  uint32_t pixel_taps[PixelCopy::kRowsPerThread];
   uint32_t my_taps = 0;
 #pragma unroll
-  for (int i = 0; i < PixelCopier::kRowsPerThread; ++i) {
-    const uint32_t number = first_pixel + PixelCopier::row(i);
-    from_input.source[i] = reinterpret_cast<const unsigned char*>(p.input);
-    from_input.taps[i] = 0;
+  for (int i = 0; i < PixelCopy::kRowsPerThread; ++i) {
+    const uint32_t number = first_pixel + PixelCopy::row(i);
+    pixel_source[i] = reinterpret_cast<const unsigned char*>(p.input) + PixelCopy::byte();
+    pixel_taps[i] = 0;
     if (number < pixels) {
       const Pixel at = pixel_of(number, p);
       const int64_t y = at.y - p.pad_h, x = at.x - p.pad_w;
@@ -236,38 +247,38 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
       for (int tap = 0; tap < 9; ++tap) {
         const int64_t tap_y = y + tap / 3 * p.dilation_h, tap_x = x + tap % 3 * p.dilation_w;
         const bool hit = tap_y >= 0 && tap_y < p.height && tap_x >= 0 && tap_x < p.width;
-        from_input.taps[i] |= static_cast<uint32_t>(hit) << tap;
+        pixel_taps[i] |= static_cast<uint32_t>(hit) << tap;
       }
-      from_input.source[i] += (at.n * p.in_n + y * p.in_h + x * p.in_w) * static_cast<int64_t>(sizeof(T));
-      my_taps |= from_input.taps[i];
+      pixel_source[i] += (at.n * p.in_n + y * p.in_h + x * p.in_w) * static_cast<int64_t>(sizeof(T));
+      my_taps |= pixel_taps[i];
     }
   }
-  ChannelCopier from_weight;
-#pragma unroll
-  for (int i = 0; i < ChannelCopier::kRowsPerThread; ++i) {
-    const int channel = first_channel + ChannelCopier::row(i);
-    const bool valid = channel < p.out_channels;
-    from_weight.taps[i] = valid ? 0x1ff : 0;
-    from_weight.source[i] =
-        reinterpret_cast<const unsigned char*>(p.weight + (valid ? static_cast<int64_t>(channel) * p.channels : 0));
-  }
+  const int64_t weight_row_bytes = static_cast<int64_t>(p.channels) * sizeof(T);
+  const int weight_row = first_channel + ChannelCopy::row(0);
+  const unsigned char* const weight_source =
+      reinterpret_cast<const unsigned char*>(p.weight) + weight_row * weight_row_bytes + ChannelCopy::byte();
   uint32_t block_taps = 0;
 #pragma unroll
   for (int tap = 0; tap < 9; ++tap) block_taps |= (__syncthreads_or(my_taps >> tap & 1) ? 1u : 0u) << tap;
 
   // 2. The main loop: for each 64 bytes of channels, for each tap that is left.
-  const int64_t weight_tap_bytes = static_cast<int64_t>(p.out_channels) * p.channels * sizeof(T);
-  const int iterations = __popc(block_taps) * ((p.channels + kChunk - 1) / kChunk);
+  const int iterations = __popc(block_taps) * ((channel_end - channel_begin + kChunk - 1) / kChunk);
   uint32_t taps_to_copy = block_taps;
-  int channel_to_copy = 0;
+  int channel_to_copy = channel_begin;
   auto copy_stage = [&](int slot) {
     const int tap = __ffs(taps_to_copy) - 1;
-    const int64_t channel_bytes = static_cast<int64_t>(channel_to_copy) * sizeof(T) + PixelCopier::byte();
-    const bool channels_valid = channel_bytes < static_cast<int64_t>(p.channels) * static_cast<int64_t>(sizeof(T));
-    unsigned char* stage = ring + slot * Tile::kStageBytes;
-    from_input.copy(stage, p.tap_offset[tap] * static_cast<int64_t>(sizeof(T)) + channel_bytes, tap, channels_valid);
-    from_weight.copy(stage + Tile::kPixels * Tile::kRowBytes, tap * weight_tap_bytes + channel_bytes, tap,
-                     channels_valid);
+    const int64_t bytes = static_cast<int64_t>(channel_to_copy) * sizeof(T);
+    const bool exists = bytes + PixelCopy::byte() < static_cast<int64_t>(channel_end) * static_cast<int64_t>(sizeof(T));
+    unsigned char* const stage = ring + slot * Tile::kStageBytes;
+    const int64_t tap_bytes = bytes + p.tap_offset[tap] * static_cast<int64_t>(sizeof(T));
+    PixelCopy::start(
+        stage, [&](int i) { return pixel_source[i] + tap_bytes; },
+        [&](int i) { return exists && (pixel_taps[i] >> tap & 1); });
+    const unsigned char* const tap_source = weight_source + bytes + tap * p.out_channels * weight_row_bytes;
+    ChannelCopy::start(
+        stage + Tile::kPixels * Tile::kRowBytes,
+        [&](int i) { return tap_source + i * ChannelCopy::kRowStep * weight_row_bytes; },
+        [&](int i) { return exists && weight_row + i * ChannelCopy::kRowStep < p.out_channels; });
     taps_to_copy &= taps_to_copy - 1;
     if (taps_to_copy == 0) {
       taps_to_copy = block_taps;
@@ -287,7 +298,7 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
   const int b_offset = Tile::kPixels * Tile::kRowBytes +
                        swizzled<64>(warp_channel + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 16);
   float sum[kPixelFragments][kChannelFragments][4] = {};
-  int copy_slot = Tile::kStages - 1, read_slot = 0, taps_left = __popc(block_taps), channels_left = p.channels;
+  int copy_slot = Tile::kStages - 1, read_slot = 0, taps_left = __popc(block_taps), channels_left = channel_end - channel_begin;
   for (int i = 0; i < iterations; ++i) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // stage i has arrived for all, and all have read stage i - 1, whose slot is filled next
@@ -336,12 +347,15 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
   ptx::cp_async_wait<0>();
   __syncthreads();
 
-  // 3. Where the block's pixels lie in the output; -1 past the end.
+  // 3. Where the block's pixels lie in the output or among the partial sums; -1 past the end.
+  const bool split = p.partial != nullptr, channels_last = p.out_c == 1;
   int64_t* const pixel_offset = reinterpret_cast<int64_t*>(ring + Tile::kWarps * Tile::kSliceBytes);
   for (int i = threadIdx.x; i < Tile::kPixels; i += Tile::kThreads) {
     const uint32_t number = first_pixel + i;
     int64_t offset = -1;
-    if (number < pixels) {
+    if (number < pixels && split) {
+      offset = static_cast<int64_t>(number) * (channels_last ? p.out_channels : 1);
+    } else if (number < pixels) {
       const Pixel at = pixel_of(number, p);
       offset = at.n * p.out_n + at.y * p.out_h + at.x * p.out_w;
     }
@@ -349,7 +363,7 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
   }
   __syncthreads();
 
-  // 4. The epilogue in float32, on the fragments.
+  // 4. The epilogue in float32, on the fragments; that of partial sums comes later.
   const int pair = lane % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kChannelFragments; ++n) {
@@ -357,7 +371,7 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int channel = first_channel + warp_channel + n * 8 + pair + e;
-      if (channel < p.out_channels) {
+      if (channel < p.out_channels && !split) {
         if (p.bias) bias[e] = static_cast<float>(p.bias[channel]);
         if (p.scale) scale[e] = static_cast<float>(p.scale[channel]);
         if (p.shift) shift[e] = static_cast<float>(p.shift[channel]);
@@ -367,8 +381,7 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
     for (int m = 0; m < kPixelFragments; ++m) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float v = (sum[m][n][e] + bias[e % 2]) * scale[e % 2] + shift[e % 2];
-        sum[m][n][e] = p.relu && v < 0 ? 0.0f : v;
+        sum[m][n][e] = epilogue(sum[m][n][e], bias[e % 2], scale[e % 2], shift[e % 2], p.relu && !split);
       }
     }
   }
@@ -376,18 +389,46 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
   // 5. Through shared memory to the output, 32 pixels of the warp's tile at a time.
   unsigned char* const slice = ring + warp * Tile::kSliceBytes;
   const int channels_here = p.out_channels - first_channel - warp_channel;
-  T* const output = p.output + (first_channel + warp_channel) * p.out_c;
+  auto store = [&](auto* output, int64_t channel_stride, bool vector_stores) {
 #pragma unroll
-  for (int s = 0; s < Tile::kWarpPixels / Tile::kSlicePixels; ++s) {
-    const int64_t* const offsets = pixel_offset + warp_pixel + s * Tile::kSlicePixels;
-    if (s > 0) __syncwarp();  // all have read the slice before
-    if (p.out_c == 1) {
-      store_channels_last<T, Tile>(&sum[2 * s], slice, output, offsets, channels_here, p.vector_stores);
-    } else {
-      store_rows<T, Tile>(&sum[2 * s], slice, output, offsets, min(channels_here, Tile::kWarpChannels), p.out_c);
+    for (int s = 0; s < Tile::kWarpPixels / Tile::kSlicePixels; ++s) {
+      const int64_t* const offsets = pixel_offset + warp_pixel + s * Tile::kSlicePixels;
+      if (s > 0) __syncwarp();  // all have read the slice before
+      if (channels_last) {
+        store_channels_last<Tile>(&sum[2 * s], slice, output, offsets, channels_here, vector_stores);
+      } else {
+        store_rows<Tile>(&sum[2 * s], slice, output, offsets, min(channels_here, Tile::kWarpChannels), channel_stride);
+      }
     }
+  };
+  if (split) {
+    const int64_t channel_stride = channels_last ? 1 : pixels;
+    store(p.partial + (static_cast<int64_t>(blockIdx.y) * p.out_channels * pixels) +
+              (first_channel + warp_channel) * channel_stride,
+          channel_stride, p.out_channels % 4 == 0);
+  } else {
+    store(p.output + (first_channel + warp_channel) * p.out_c, p.out_c, p.vector_stores);
   }
 #endif
+}
+
+constexpr int kFinishThreads = 256;
+
+// Adds the partial sums of `splits` blocks in order, one output a thread.
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads)
+    atrous_conv2d_dense_finish_kernel(const __grid_constant__ DenseParams<T> p, int splits) {
+  const uint32_t pixels = p.first[3], outputs = pixels * p.out_channels;
+  const uint32_t i = blockIdx.x * kFinishThreads + threadIdx.x;
+  if (i >= outputs) return;
+  const uint32_t number = p.out_c == 1 ? i / p.out_channels : i % pixels;
+  const uint32_t channel = p.out_c == 1 ? i % p.out_channels : i / pixels;
+  float sum = 0;
+  for (int s = 0; s < splits; ++s) sum += p.partial[static_cast<int64_t>(s) * outputs + i];
+  const Pixel at = pixel_of(number, p);
+  assign(p.output[at.n * p.out_n + channel * p.out_c + at.y * p.out_h + at.x * p.out_w],
+         epilogue(sum, p.bias ? static_cast<float>(p.bias[channel]) : 0, p.scale ? static_cast<float>(p.scale[channel]) : 1,
+                  p.shift ? static_cast<float>(p.shift[channel]) : 0, p.relu));
 }
 
 }  // namespace pyseg::atrous

@@ -28,7 +28,7 @@ struct Segment {
 
 // c[i][j] (+)= sum over the segments' rows of a[row][i] * b[row][j], for ROWS values of i from `i0`.
 template <typename T, int ROWS>
-inline void outer_rows(const Segment* segments, int64_t count, const T* a, const T* b, int i0, bool accumulate, T* c) {
+__attribute__((noinline)) void outer_rows(const Segment* segments, int64_t count, const T* a, const T* b, int i0, bool accumulate, T* c) {
   constexpr int kVecs = kPanel / kLanes<T> < 2 ? kPanel / kLanes<T> : 2;
   for (int j = 0; j < kPanel; j += kVecs * kLanes<T>) {
     Vec<T> acc[ROWS][kVecs];
@@ -195,8 +195,8 @@ class WinogradWeightGrad {
     T* x = ws_ + bl_.x;
     T* grad = ws_ + bl_.grad;
     for (int64_t b = 0; b < bl_.blocks; ++b) {
-      const TileBlock block(tg_, b, bl_.blocks);
-      const int64_t rows = block.rows(tg_.pairs);
+      const TileBlock block(tg_, b, bl_.blocks, kPanel, kPanel);
+      const int64_t rows = block.pair_row[tg_.pairs] + tg_.pairs;  // one row of padding a pair
       for (int64_t n0 = 0; n0 < g_.c_out; n0 += kChannelBlock) {
         const int64_t n = smaller(kChannelBlock, g_.c_out - n0);
         gradients(block, n0, n, rows, grad);
@@ -222,7 +222,7 @@ class WinogradWeightGrad {
           const int64_t tiles = TileBlock::cut(tg.tiles[i], b + 1, blocks) - TileBlock::cut(tg.tiles[i], b, blocks);
           r += tiles * kTileSpecs[tg.kind_y[i]].products * kTileSpecs[tg.kind_x[i]].products;
         }
-        rows = larger(rows, r);
+        rows = larger(rows, r + tg.pairs);
       }
       x = round_up(g.c_in + 1, kPanel);
       grad = x + rows * round_up(smaller(g.c_in, kChannelBlock), kPanel);
@@ -237,12 +237,12 @@ class WinogradWeightGrad {
     for_each_part(workers_, block.tiles, [&](int64_t, int64_t first, int64_t last) {
       for_tiles(tg_, block, first, last, [&](int g, int64_t tile) {
         const int ky = tg_.kind_y[g], kx = tg_.kind_x[g];
-        const InputPixels<T> pixels{g_, a_.x, kTileSpecs[ky], kTileSpecs[kx],
-                                    place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), ws_, k0};
-        const int64_t t = tile - block.first[g];
-        const int64_t* row = block.row[g];
+        const auto pixels =
+            input_pixels(g_, a_.x, ky, kx, place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), k0, ws_);
+        T* to = x + (tile - block.first[g]) * kPanel;
+        const int64_t* at = block.v_at[g];
         transform_tile<Side::kInput, T>(
-            ky, kx, k, pixels, [&](int p) { return x + (row[p] + t) * kPanel; }, ChannelLayout{rows * kPanel});
+            ky, kx, k, pixels, [&](int p) { return to + at[p]; }, ChannelLayout{rows * kPanel});
       });
     });
   }
@@ -252,16 +252,12 @@ class WinogradWeightGrad {
     for_each_part(workers_, block.tiles, [&](int64_t, int64_t first, int64_t last) {
       for_tiles(tg_, block, first, last, [&](int g, int64_t tile) {
         const int ky = tg_.kind_y[g], kx = tg_.kind_x[g];
-        const TilePlace at = place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile);
-        const int64_t t = tile - block.first[g];
-        const int64_t* row = block.row[g];
+        const auto pixels =
+            gradient_pixels(g_, a_.grad, ky, kx, place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), n0);
+        T* to = grad + (tile - block.first[g]) * kPanel;
+        const int64_t* at = block.m_at[g];
         transform_tile<Side::kGradient, T>(
-            ky, kx, n,
-            [&](int i, int j) {
-              return a_.grad.data + at.image * a_.grad.image + (at.y + i * g_.dil_h) * a_.grad.row +
-                     (at.x + j * g_.dil_w) * a_.grad.pixel + n0;
-            },
-            [&](int p) { return grad + (row[p] + t) * kPanel; }, ChannelLayout{rows * kPanel});
+            ky, kx, n, pixels, [&](int p) { return to + at[p]; }, ChannelLayout{rows * kPanel});
       });
     });
   }
@@ -285,7 +281,8 @@ class WinogradWeightGrad {
         const int64_t panels = smaller(kPanelsPerTask, np - first_panel);
         const T* x = ws_ + bl_.x + cp * rows * kPanel;
         for (int p = 0; p < tg_.pairs; ++p) {
-          const Segment segment{block.pair_row[p], block.pair_row[p], block.pair_row[p + 1] - block.pair_row[p]};
+          const int64_t row = block.pair_row[p] + p;
+          const Segment segment{row, row, block.pair_row[p + 1] - block.pair_row[p]};
           for (int64_t o = 0; o < panels; ++o)
             outer_block(&segment, 1, x, ws_ + bl_.grad + (first_panel + o) * rows * kPanel, false,
                         sums + (o * tg_.pairs + p) * kBlockElements);

@@ -60,7 +60,7 @@ struct StridedOperands {
 };
 
 template <typename T, int ROWS, typename Operands>
-inline void gemm_tile_rows(const Operands& op, int64_t k, int columns, const Finish<T>& fin) {
+__attribute__((noinline)) void gemm_tile_rows(const Operands& op, int64_t k, int columns, const Finish<T>& fin) {
   constexpr int kVecs = kPanel / kLanes<T> < 2 ? kPanel / kLanes<T> : 2;
   constexpr int kStep = kVecs * kLanes<T>;
   for (int j = 0; j < columns; j += kStep) {

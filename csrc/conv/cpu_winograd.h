@@ -30,10 +30,10 @@ constexpr int kSlice = 64;              // channels that a transform handles at 
 constexpr int64_t kChannelBlock = 256;  // input (and output) channels of a large product
 constexpr int64_t kSmallWeights = 400 << 10;  // bytes of U up to which blocks of tiles are made to fit L2
 constexpr int64_t kL2Bytes = 320 << 10;       // V and M of such a block
-constexpr int64_t kLargeWeights = 3 << 20;    // bytes of U otherwise: it is made and used within L3
+constexpr int64_t kLargeWeights = 2 << 20;    // bytes of U otherwise: it is made and used within L3
 constexpr int64_t kBlockRows = 5600;          // rows of V in a block of the large kind
 constexpr int64_t kGemmRows = 96;             // rows of V that a panel of U is held in L1 for
-constexpr int64_t kRowPadding = 16;           // keeps rows apart in the sets of L1 when their length is a power of 2
+constexpr int64_t kRowPadding = 16;           // a cache line of floats
 
 template <int K>
 struct Kind {
@@ -92,40 +92,47 @@ struct TileGroups {
       }
     }
   }
+
+  // Calls f(product, pair) for the products of group g.
+  template <typename F>
+  void for_products(int g, const F& f) const {
+    const TileSpec &a = kTileSpecs[kind_y[g]], &b = kTileSpecs[kind_x[g]];
+    for (int i = 0; i < a.products; ++i)
+      for (int j = 0; j < b.products; ++j) f(i * b.products + j, pair_of[a.functional[i]][b.functional[j]]);
+  }
 };
 
-// Part `index` of `count` of every group's tiles, and where their rows lie.
+// Part `index` of `count` of every group's tiles, and where their values lie in V and M. The rows of a pair lie together;
+// pairs are kRowPadding elements further apart than their rows need, so that the lines that a tile writes for its
+// products do not all fall into the same sets of L1.
 struct TileBlock {
   int64_t first[kMaxGroups], end[kMaxGroups];
-  int64_t row[kMaxGroups][kMaxPairProducts];  // of the group's first tile in the block, by product
-  int64_t pair_row[kMaxPairs + 1];            // rows of pair f: [pair_row[f], pair_row[f + 1])
+  int64_t v_at[kMaxGroups][kMaxPairProducts];  // of the group's first tile in the block, by product
+  int64_t m_at[kMaxGroups][kMaxPairProducts];
+  int64_t pair_row[kMaxPairs + 1];  // rows of pair f: [pair_row[f], pair_row[f + 1])
   int64_t tiles = 0;
 
-  TileBlock(const TileGroups& tg, int64_t index, int64_t count) {
+  TileBlock(const TileGroups& tg, int64_t index, int64_t count, int64_t v_stride, int64_t m_stride) {
     int64_t rows[kMaxPairs] = {};
     for (int g = 0; g < tg.groups; ++g) {
       first[g] = cut(tg.tiles[g], index, count);
       end[g] = cut(tg.tiles[g], index + 1, count);
       tiles += end[g] - first[g];
-      const TileSpec &a = kTileSpecs[tg.kind_y[g]], &b = kTileSpecs[tg.kind_x[g]];
-      for (int i = 0; i < a.products; ++i)
-        for (int j = 0; j < b.products; ++j) {
-          const int p = tg.pair_of[a.functional[i]][b.functional[j]];
-          row[g][i * b.products + j] = rows[p];
-          rows[p] += end[g] - first[g];
-        }
+      tg.for_products(g, [&](int, int pair) { rows[pair] += end[g] - first[g]; });
     }
     pair_row[0] = 0;
-    for (int p = 0; p < tg.pairs; ++p) pair_row[p + 1] = pair_row[p] + rows[p];
+    for (int p = 0; p < tg.pairs; ++p) {
+      pair_row[p + 1] = pair_row[p] + rows[p];
+      rows[p] = pair_row[p];
+    }
     for (int g = 0; g < tg.groups; ++g) {
-      const TileSpec &a = kTileSpecs[tg.kind_y[g]], &b = kTileSpecs[tg.kind_x[g]];
-      for (int i = 0; i < a.products; ++i)
-        for (int j = 0; j < b.products; ++j)
-          row[g][i * b.products + j] += pair_row[tg.pair_of[a.functional[i]][b.functional[j]]];
+      tg.for_products(g, [&](int product, int pair) {
+        v_at[g][product] = rows[pair] * v_stride + pair * kRowPadding;
+        m_at[g][product] = rows[pair] * m_stride + pair * kRowPadding;
+        rows[pair] += end[g] - first[g];
+      });
     }
   }
-
-  int64_t rows(int pairs) const { return pair_row[pairs]; }
 
   // Cuts fall on whole register tiles where they can.
   static int64_t cut(int64_t tiles, int64_t index, int64_t count) {
@@ -157,8 +164,18 @@ inline TilePlace place_of(const AxisTiles& ty, const AxisTiles& tx, int ky, int 
   return {tile / per_image, ty.first_output[ky][rest / tx.count[kx]], tx.first_output[kx][rest % tx.count[kx]]};
 }
 
-// Stage 2 for one tile: pixel(i, j) gives the tile's input (i, j), and Side says which transform: of the input, or of the
-// gradient of the output (for the weight gradient).
+// The pixels of a tile: row i and column j meet at row[i] + column[j]. Those outside the map (null, negative) are zeros.
+template <typename T>
+struct TilePixels {
+  const T* row[kMaxInputs];
+  int64_t column[kMaxInputs];
+  const T* zeros;
+
+  inline const T* operator()(int i, int j) const { return row[i] && column[j] >= 0 ? row[i] + column[j] : zeros; }
+};
+
+// Stage 2 for one tile. Side says which transform: of the input, or of the gradient of the output (for the weight
+// gradient). out(product) is where channel 0 of a value goes, layout places the others.
 enum class Side { kInput, kGradient };
 
 template <Side SIDE, int KIND>
@@ -176,65 +193,70 @@ struct SideTransform {
   }
 };
 
-// out(product) is where channel 0 of a value goes, layout places the others.
-template <Side SIDE, typename T, typename Pixel, typename Out, typename Layout>
-inline void transform_tile(int kind_y, int kind_x, int64_t channels, const Pixel& pixel, const Out& out,
+template <Side SIDE, typename T, typename Out, typename Layout>
+inline void transform_tile(int kind_y, int kind_x, int64_t channels, const TilePixels<T>& pixels, const Out& out,
                            const Layout& layout) {
   alignas(64) T scratch[kMaxProducts * kMaxInputs * kSlice];  // [product y][column][channel]
-  const T* pixels[kMaxInputs * kMaxInputs];
-  const T* lines[kMaxInputs * kMaxInputs];
   const int py = kTileSpecs[kind_y].products;
-  const int in_y = SIDE == Side::kInput ? kTileSpecs[kind_y].inputs : kTileSpecs[kind_y].outputs;
   const int columns = SIDE == Side::kInput ? kTileSpecs[kind_x].inputs : kTileSpecs[kind_x].outputs;
   if (py == 0 || kTileSpecs[kind_x].products == 0) return;
-  for (int j = 0; j < columns; ++j)
-    for (int i = 0; i < in_y; ++i) pixels[j * in_y + i] = pixel(i, j);
-  for (int i = 0; i < py * columns; ++i) lines[i] = scratch + i * kSlice;
   for (int64_t c0 = 0; c0 < channels; c0 += kSlice) {
     const int64_t n = smaller<int64_t>(kSlice, channels - c0);
     with_kind(kind_y, [&](auto kind) {
       constexpr int K = decltype(kind)::value;
       if constexpr (kTileSpecs[K].products > 0) {
-        transform_lines<kLinesIn<SIDE, K>, kTileSpecs[K].products>(
-            pixels, columns, n, SideTransform<SIDE, K>{},
+        transform_lines<kLinesIn<SIDE, K>, kTileSpecs[K].products, T>(
+            [&](int l, int i) { return pixels(i, l) + c0; }, columns, n, SideTransform<SIDE, K>{},
             [&](int l, int r) { return scratch + (r * columns + l) * kSlice; }, RowLayout{});
       }
     });
     with_kind(kind_x, [&](auto kind) {
       constexpr int K = decltype(kind)::value;
-      constexpr int PX = kTileSpecs[K].products;
+      constexpr int IN = kLinesIn<SIDE, K>, PX = kTileSpecs[K].products;
       if constexpr (PX > 0) {
-        transform_lines<kLinesIn<SIDE, K>, PX>(
-            lines, py, n, SideTransform<SIDE, K>{}, [&](int l, int r) { return out(l * PX + r) + layout(c0); }, layout);
+        transform_lines<IN, PX, T>([&](int l, int i) { return scratch + (l * IN + i) * kSlice; }, py, n,
+                                   SideTransform<SIDE, K>{},
+                                   [&](int l, int r) { return out(l * PX + r) + layout(c0); }, layout);
       }
     });
-    for (int i = 0; i < columns * in_y; ++i) pixels[i] += kSlice;
   }
 }
 
-// The tile's inputs, channels k0.. of them.
+// The inputs of a tile, from channel k0.
 template <typename T>
-struct InputPixels {
-  const ConvGeometry& g;
-  const Map<const T>& x;
-  const TileSpec &a, &b;
-  TilePlace at;
-  const T* zeros;
-  int64_t k0;
-
-  const T* operator()(int i, int j) const {
-    const int64_t y = at.y - g.pad_h + a.offset[i] * g.dil_h, xx = at.x - g.pad_w + b.offset[j] * g.dil_w;
-    if (y < 0 || y >= g.h || xx < 0 || xx >= g.w) return zeros;
-    return x.data + at.image * x.image + y * x.row + xx * x.pixel + k0;
+inline TilePixels<T> input_pixels(const ConvGeometry& g, const Map<const T>& x, int kind_y, int kind_x,
+                                  const TilePlace& at, int64_t k0, const T* zeros) {
+  const TileSpec &a = kTileSpecs[kind_y], &b = kTileSpecs[kind_x];
+  TilePixels<T> p;
+  p.zeros = zeros;
+  for (int i = 0; i < a.inputs; ++i) {
+    const int64_t y = at.y - g.pad_h + a.offset[i] * g.dil_h;
+    p.row[i] = y >= 0 && y < g.h ? x.data + at.image * x.image + y * x.row + k0 : nullptr;
   }
-};
+  for (int j = 0; j < b.inputs; ++j) {
+    const int64_t xx = at.x - g.pad_w + b.offset[j] * g.dil_w;
+    p.column[j] = xx >= 0 && xx < g.w ? xx * x.pixel : -1;
+  }
+  return p;
+}
+
+// The outputs of a tile in the gradient, from channel n0.
+template <typename T>
+inline TilePixels<T> gradient_pixels(const ConvGeometry& g, const Map<const T>& dy, int kind_y, int kind_x,
+                                     const TilePlace& at, int64_t n0) {
+  TilePixels<T> p;
+  p.zeros = nullptr;
+  for (int i = 0; i < kTileSpecs[kind_y].outputs; ++i)
+    p.row[i] = dy.data + at.image * dy.image + (at.y + i * g.dil_h) * dy.row + n0;
+  for (int j = 0; j < kTileSpecs[kind_x].outputs; ++j) p.column[j] = (at.x + j * g.dil_w) * dy.pixel;
+  return p;
+}
 
 // Stage 4 for one tile: columns n0..n0+n of the product rows at m(product).
 template <typename T, typename Rows>
 inline void finish_tile(int kind_y, int kind_x, const Rows& m, int64_t n, T* const* out, const T* scale, const T* shift,
                         bool relu_on) {
   alignas(64) T scratch[kMaxProducts * kMaxOutputs * kSlice];  // [product y][output x][channel]
-  const T* lines[kMaxPairProducts];
   const int py = kTileSpecs[kind_y].products, px = kTileSpecs[kind_x].products;
   const int ox = kTileSpecs[kind_x].outputs;
   for (int64_t c0 = 0; c0 < n; c0 += kSlice) {
@@ -242,11 +264,11 @@ inline void finish_tile(int kind_y, int kind_x, const Rows& m, int64_t n, T* con
     if (py == 0 || px == 0) {
       for (int i = 0; i < py * ox * kSlice; ++i) scratch[i] = 0;
     } else {
-      for (int i = 0; i < py * px; ++i) lines[i] = m(i) + c0;
       with_kind(kind_x, [&](auto kind) {
         constexpr int K = decltype(kind)::value;
-        transform_lines<kTileSpecs[K].products, kTileSpecs[K].outputs>(
-            lines, py, nc, [](const auto* d, auto* r) { output_transform<K>(d, r); },
+        constexpr int PX = kTileSpecs[K].products;
+        transform_lines<PX, kTileSpecs[K].outputs, T>(
+            [&](int l, int i) { return m(l * PX + i) + c0; }, py, nc, [](const auto* d, auto* r) { output_transform<K>(d, r); },
             [&](int l, int r) { return scratch + (l * ox + r) * kSlice; }, RowLayout{});
       });
     }
@@ -291,6 +313,7 @@ struct WinogradBlocking {
   int64_t k_block, n_block, u_block;  // input and output channels of V and M, output channels of U
   int64_t v_stride, m_stride, u_stride;
   int64_t zeros, u, pack, v, m, total;  // offsets; v and m are per worker in the small case
+  int64_t v_size, m_size;
 
   WinogradBlocking(const TileGroups& tg, int64_t c_in, int64_t c_out, int64_t itemsize, bool packed, int64_t workers) {
     const int64_t n16 = (c_out + kPanel - 1) / kPanel * kPanel;
@@ -298,8 +321,8 @@ struct WinogradBlocking {
     k_block = smaller(c_in, kChannelBlock);
     n_block = small ? n16 : smaller(n16, kChannelBlock);
     u_block = small ? n16 : larger<int64_t>(smaller(n_block, kLargeWeights / (tg.pairs * k_block * itemsize) / kPanel * kPanel), kPanel);
-    v_stride = k_block + (k_block * itemsize % 1024 == 0 ? kRowPadding : 0);
-    m_stride = n_block + (n_block * itemsize % 1024 == 0 ? kRowPadding : 0);
+    v_stride = k_block;
+    m_stride = n_block;
     const int64_t most = small ? larger<int64_t>(kL2Bytes / ((v_stride + m_stride) * itemsize), 1) : kBlockRows;
     blocks = larger<int64_t>((tg.rows + most - 1) / most, 1);
     if (small) blocks = larger(blocks, smaller<int64_t>(workers, tg.all_tiles));
@@ -311,8 +334,10 @@ struct WinogradBlocking {
     u = zeros + (c_in + kRowPadding) / kRowPadding * kRowPadding;
     pack = u + tg.pairs * u_stride;
     v = pack + (packed ? 0 : workers * 9 * k_block * kPanel);
-    m = v + copies * (rows * v_stride);
-    total = m + copies * (rows * m_stride);
+    v_size = rows * v_stride + tg.pairs * kRowPadding;
+    m_size = rows * m_stride + tg.pairs * kRowPadding;
+    m = v + copies * v_size;
+    total = m + copies * m_size;
   }
 
   int64_t block_rows(const TileGroups& tg, int64_t b) const {
@@ -355,10 +380,10 @@ class Winograd {
   void run_small() {
     weights(0, g_.c_in, 0, bl_.n_block);
     for_each_part(workers_, bl_.blocks, [&](int64_t worker, int64_t first, int64_t last) {
-      T* v = ws_ + bl_.v + worker * bl_.rows * bl_.v_stride;
-      T* m = ws_ + bl_.m + worker * bl_.rows * bl_.m_stride;
+      T* v = ws_ + bl_.v + worker * bl_.v_size;
+      T* m = ws_ + bl_.m + worker * bl_.m_size;
       for (int64_t b = first; b < last; ++b) {
-        const TileBlock block(tg_, b, bl_.blocks);
+        const TileBlock block(tg_, b, bl_.blocks, bl_.v_stride, bl_.m_stride);
         inputs(block, 0, block.tiles, 0, g_.c_in, v);
         for (int p = 0; p < tg_.pairs; ++p)
           products(p, block.pair_row[p], block.pair_row[p + 1], g_.c_in, 0, bl_.n_block, false, v, m);
@@ -373,7 +398,7 @@ class Winograd {
     T* m = ws_ + bl_.m;
     const int64_t n16 = (g_.c_out + kPanel - 1) / kPanel * kPanel;
     for (int64_t b = 0; b < bl_.blocks; ++b) {
-      const TileBlock block(tg_, b, bl_.blocks);
+      const TileBlock block(tg_, b, bl_.blocks, bl_.v_stride, bl_.m_stride);
       for (int64_t n0 = 0; n0 < n16; n0 += bl_.n_block) {
         const int64_t n = smaller(bl_.n_block, n16 - n0);
         for (int64_t k0 = 0; k0 < g_.c_in; k0 += bl_.k_block) {
@@ -387,7 +412,7 @@ class Winograd {
             const int64_t u = smaller(bl_.u_block, n - u0);
             weights(k0, k, n0 + u0, u);
             // Equal shares of the rows, cut at whole register tiles of a pair.
-            for_each_part(workers_, block.rows(tg_.pairs), [&](int64_t, int64_t first, int64_t last) {
+            for_each_part(workers_, block.pair_row[tg_.pairs], [&](int64_t, int64_t first, int64_t last) {
               for (int p = 0; p < tg_.pairs; ++p) {
                 const int64_t lo = block.pair_row[p], hi = block.pair_row[p + 1];
                 const int64_t from = at_tile(lo, hi, first), to = at_tile(lo, hi, last);
@@ -433,12 +458,11 @@ class Winograd {
   void inputs(const TileBlock& block, int64_t first, int64_t last, int64_t k0, int64_t k, T* v) const {
     for_tiles(tg_, block, first, last, [&](int g, int64_t tile) {
       const int ky = tg_.kind_y[g], kx = tg_.kind_x[g];
-      const InputPixels<T> pixels{g_, a_.x, kTileSpecs[ky], kTileSpecs[kx], place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile),
-                                  ws_ + bl_.zeros, k0};
-      const int64_t t = tile - block.first[g];
-      const int64_t* rows = block.row[g];
-      transform_tile<Side::kInput, T>(
-          ky, kx, k, pixels, [&](int p) { return v + (rows[p] + t) * bl_.v_stride; }, RowLayout{});
+      const auto pixels = input_pixels(g_, a_.x, ky, kx, place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), k0,
+                                       ws_ + bl_.zeros);
+      T* to = v + (tile - block.first[g]) * bl_.v_stride;
+      const int64_t* at = block.v_at[g];
+      transform_tile<Side::kInput, T>(ky, kx, k, pixels, [&](int p) { return to + at[p]; }, RowLayout{});
     });
   }
 
@@ -446,6 +470,8 @@ class Winograd {
   void products(int p, int64_t from, int64_t to, int64_t k, int64_t n0, int64_t n, bool accumulate, const T* v,
                 T* m) const {
     const T* u = ws_ + bl_.u + p * bl_.u_stride;
+    v += p * kRowPadding;
+    m += p * kRowPadding;
     const Finish<T> finish{accumulate, nullptr, nullptr, false};
     for (int64_t r0 = from; r0 < to; r0 += kGemmRows) {
       const int64_t rows = smaller(to - r0, kGemmRows);
@@ -467,9 +493,9 @@ class Winograd {
         for (int j = 0; j < ox; ++j)
           out[i * ox + j] = a_.y.data + at.image * a_.y.image + (at.y + i * g_.dil_h) * a_.y.row +
                             (at.x + j * g_.dil_w) * a_.y.pixel + n0;
-      const int64_t t = tile - block.first[g];
-      const int64_t* rows = block.row[g];
-      finish_tile<T>(ky, kx, [&](int p) { return m + (rows[p] + t) * bl_.m_stride; }, n, out,
+      const T* from = m + (tile - block.first[g]) * bl_.m_stride;
+      const int64_t* m_at = block.m_at[g];
+      finish_tile<T>(ky, kx, [&](int p) { return from + m_at[p]; }, n, out,
                      a_.scale ? a_.scale + n0 : nullptr, a_.shift ? a_.shift + n0 : nullptr, a_.relu);
     });
   }

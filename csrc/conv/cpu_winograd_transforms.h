@@ -110,17 +110,17 @@ struct RowLayout {
   inline int64_t operator()(int64_t c) const { return c; }
 };
 
-// Applies `transform` to `lines` sets of IN lines: in[l * IN + i] points at line i of set l, n values each.
-// Value r of set l at channel c goes to out(l, r)[layout(c)].
-template <int IN, int OUT, typename T, typename Transform, typename Out, typename Layout>
-inline void transform_lines(const T* const* in, int lines, int64_t n, const Transform& transform, const Out& out,
+// Applies `transform` to `lines` sets of IN lines of n values: line i of set l is at in(l, i), and value r of the set at
+// channel c goes to out(l, r)[layout(c)].
+template <int IN, int OUT, typename T, typename In, typename Transform, typename Out, typename Layout>
+inline void transform_lines(const In& in, int lines, int64_t n, const Transform& transform, const Out& out,
                             const Layout& layout) {
   for (int l = 0; l < lines; ++l) {
     // Local copies: vector stores may alias anything, so the compiler would reload the pointers after each.
     const T* src[IN > 0 ? IN : 1];
     T* dst[OUT];
 #pragma GCC unroll 6
-    for (int i = 0; i < IN; ++i) src[i] = in[l * IN + i];
+    for (int i = 0; i < IN; ++i) src[i] = in(l, i);
 #pragma GCC unroll 6
     for (int i = 0; i < OUT; ++i) dst[i] = out(l, i);
     int64_t c = 0;

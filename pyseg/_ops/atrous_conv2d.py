@@ -16,15 +16,19 @@ or `weight` is (by strides that can mean nothing else), otherwise contiguous; th
 weight are contiguous.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from pyseg import _loader as _loader
+from pyseg import _loader  # noqa: F401  registers the kernels
 
-_LIBRARY = torch.library.Library("pyseg", "FRAGMENT")
-_NAMES = ("atrous_conv2d", "atrous_conv2d_out", "_atrous_conv2d_backward", "_atrous_conv2d_pack")
-_FORWARD, _OUT, _BACKWARD, _PACK = (getattr(torch.ops.pyseg, name).default for name in _NAMES)
+_LIBRARY = torch.library.Library("pyseg", "FRAGMENT")  # type: ignore[no-untyped-call]
+_FORWARD = torch.ops.pyseg.atrous_conv2d.default
+_OUT = torch.ops.pyseg.atrous_conv2d_out.default
+_BACKWARD = torch.ops.pyseg._atrous_conv2d_backward.default
+_PACK = torch.ops.pyseg._atrous_conv2d_pack.default
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Devices whose kernels are in this installation: a CPU-only build leaves CUDA tensors to torch.
@@ -35,7 +39,7 @@ DEVICES = frozenset(
 )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cudnn_allows_tf32() -> bool:
     """Whether torch lets float32 convolutions use tf32: what its own cuDNN convolutions do.
 
@@ -43,13 +47,13 @@ def cudnn_allows_tf32() -> bool:
     `torch.backends.cudnn.allow_tf32`, whichever the user has set; the old switch, in contrast, raises when it is read
     after a new one was set. torch.compile and torch.export keep the value of the moment they trace.
     """
-    return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+    return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
 
 # ---- shapes ----
 
 
-def _check(condition: bool, message: str) -> None:
+def _check(condition: Any, message: str) -> None:
     torch._check(condition, lambda: f"atrous_conv2d: {message}")
 
 
@@ -126,15 +130,40 @@ def _forward_shape(
     return _output_shape(input, weight, padding, dilation)
 
 
-@torch.library.register_fake(_FORWARD)
-def _(input, weight, bias, scale, shift, padding, dilation, groups, relu, exact, allow_tf32, packed):
+def _fake_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+    exact: bool,
+    allow_tf32: bool,
+    packed: Tensor | None,
+) -> Tensor:
     per_channel = {"bias": bias, "scale": scale, "shift": shift}
     shape = _forward_shape(input, weight, per_channel, padding, dilation, groups, packed)
     return _empty(shape, input, _memory_format(input, weight))
 
 
-@torch.library.register_fake(_OUT)
-def _(input, weight, bias, scale, shift, padding, dilation, groups, relu, exact, allow_tf32, packed, out):
+def _fake_out(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+    exact: bool,
+    allow_tf32: bool,
+    packed: Tensor | None,
+    out: Tensor,
+) -> None:
     per_channel = {"bias": bias, "scale": scale, "shift": shift}
     shape = _forward_shape(input, weight, per_channel, padding, dilation, groups, packed)
     _check_like("out", out, input)
@@ -143,8 +172,18 @@ def _(input, weight, bias, scale, shift, padding, dilation, groups, relu, exact,
         _check(out.shape[dimension] == shape[dimension], f"out must be {shape}, got {list(out.shape)}")
 
 
-@torch.library.register_fake(_BACKWARD)
-def _(grad_output, input, weight, padding, dilation, groups, exact, allow_tf32, need_input, need_weight):
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    exact: bool,
+    allow_tf32: bool,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
     _check_arguments(input, weight, padding, dilation, groups)
     shape = _output_shape(input, weight, padding, dilation)
     _check_like("grad_output", grad_output, input)
@@ -160,8 +199,7 @@ def _(grad_output, input, weight, padding, dilation, groups, exact, allow_tf32, 
     )
 
 
-@torch.library.register_fake(_PACK)
-def _(weight):
+def _fake_pack(weight: Tensor) -> Tensor:
     shape = list(weight.shape)
     _check(weight.dim() == 4, f"weight must be [C_out, C_in, 3, 3], got {shape}")
     _check(shape[2] == 3, f"weight must be [C_out, C_in, 3, 3], got {shape}")
@@ -169,67 +207,70 @@ def _(weight):
     return weight.new_empty(_packed_shape(weight))
 
 
+torch.library.register_fake(_FORWARD, _fake_forward)
+torch.library.register_fake(_OUT, _fake_out)
+torch.library.register_fake(_BACKWARD, _fake_backward)
+torch.library.register_fake(_PACK, _fake_pack)
+
+
 # ---- autograd ----
 
 
-def _channels(tensor: Tensor, like: Tensor) -> Tensor:
-    """A per-channel vector [C_out] as a factor of `like` [C_out, ...]."""
-    return tensor.view(-1, *[1] * (like.dim() - 1))
-
-
-def _setup_forward(ctx, inputs, output) -> None:
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, scale, _, padding, dilation, groups, relu, exact, allow_tf32, _ = inputs
     ctx.save_for_backward(input, weight, bias, scale, output if relu else None)
     ctx.geometry = (padding, dilation, groups, exact, allow_tf32)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     input, weight, bias, scale, output = ctx.saved_tensors
     need_input, need_weight, need_bias, need_scale, need_shift = ctx.needs_input_grad[:5]
     if output is not None:  # one pass, and like torch's ReLU it lets a NaN through
         grad = torch.ops.aten.threshold_backward(grad, output, 0)
 
-    grad_input = grad_weight = grad_bias = grad_scale = grad_shift = raw = None
-    if need_input or need_weight or need_scale:
-        scaled = weight if scale is None else weight * _channels(scale, weight)
-        grad_input, raw = _BACKWARD(grad, input, scaled, *ctx.geometry, need_input, need_weight or need_scale)
-    if need_weight:
-        grad_weight = raw if scale is None else raw * _channels(scale, raw)
+    grad_input: Any = None
+    grad_weight = grad_bias = grad_scale = grad_shift = grad_input
     if need_bias or need_scale or need_shift:
         grad_shift = grad.sum((0, 2, 3))
-    if need_bias:
         grad_bias = grad_shift if scale is None else grad_shift * scale
-    if need_scale:
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        grad_scale = (raw.to(wide) * weight.to(wide)).sum((1, 2, 3))
-        if bias is not None:
-            grad_scale = grad_scale + bias.to(wide) * grad_shift.to(wide)
-        grad_scale = grad_scale.to(scale.dtype)
+    if need_input or need_weight or need_scale:
+        scaled = weight if scale is None else weight * scale[:, None, None, None]
+        grad_input, raw = _BACKWARD(grad, input, scaled, *ctx.geometry, need_input, need_weight or need_scale)
+        if need_weight:
+            grad_weight = raw if scale is None else raw * scale[:, None, None, None]
+        if need_scale:
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            grad_scale = (raw.to(wide) * weight.to(wide)).sum((1, 2, 3))
+            if bias is not None:
+                grad_scale = grad_scale + bias.to(wide) * grad_shift.to(wide)
+            grad_scale = grad_scale.to(weight.dtype)
     return (
         grad_input if need_input else None,
         grad_weight,
-        grad_bias,
+        grad_bias if need_bias else None,
         grad_scale,
         grad_shift if need_shift else None,
         *[None] * 7,
     )
 
 
-def _setup_backward(ctx, inputs, output) -> None:
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     grad_output, input, weight, padding, dilation, groups, exact, allow_tf32, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_output, input, weight)
     ctx.geometry = (padding, dilation, groups, exact, allow_tf32)
 
 
-def _double_backward(ctx, grad_grad_input, grad_grad_weight):
+def _double_backward(
+    ctx: Any, grad_grad_input: Tensor | None, grad_grad_weight: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """dgrad(g, w) is linear in g and w, wgrad(g, x) in g and x; `u`, `v` are the gradients of their results."""
     grad_output, input, weight = ctx.saved_tensors
     padding, dilation, groups, exact, allow_tf32 = ctx.geometry
     need_grad_output, need_input, need_weight = ctx.needs_input_grad[:3]
     u, v = grad_grad_input, grad_grad_weight
 
-    def conv(x: Tensor, w: Tensor) -> Tensor:
+    def conv(x: Tensor, w: Tensor) -> Any:
         return _FORWARD(x, w, None, None, None, padding, dilation, groups, False, exact, allow_tf32, None)
 
     of_grad_output = of_input = of_weight = None
@@ -255,7 +296,7 @@ def refuse_gradient(*tensors: Tensor | None) -> None:
         )
 
 
-def _out_autograd(keyset, *args) -> None:
+def _out_autograd(keyset: Any, *args: Any) -> None:
     refuse_gradient(*[argument for argument in args if isinstance(argument, Tensor)])
     with torch._C._AutoDispatchBelowAutograd():
         _OUT.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -263,43 +304,39 @@ def _out_autograd(keyset, *args) -> None:
     torch.autograd.graph.increment_version(args[-1])
 
 
-def _pack_autograd(keyset, weight: Tensor) -> Tensor:
+def _pack_autograd(keyset: Any, weight: Tensor) -> Any:
     """The packed weight is a cache of `weight`, which is an argument of the operator too and carries the gradient."""
     with torch._C._AutoDispatchBelowAutograd():
         return _PACK.redispatch(keyset & torch._C._after_autograd_keyset, weight)
 
 
-_LIBRARY.impl("atrous_conv2d_out", _out_autograd, "Autograd", with_keyset=True)
-_LIBRARY.impl("_atrous_conv2d_pack", _pack_autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl("atrous_conv2d_out", _out_autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+_LIBRARY.impl("_atrous_conv2d_pack", _pack_autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 # ---- autocast ----
 
 
 def _register_autocast(op: torch._ops.OpOverload, device: str, key: str) -> None:
-    """All tensors in autocast's dtype, as for torch's conv2d; torch.library.register_autocast knows fixed dtypes only."""
+    """All tensors in autocast's dtype, as for torch's conv2d. (torch.library.register_autocast wants a fixed dtype.)"""
     autocast = getattr(torch._C.DispatchKey, key)
     packed_index = [argument.name for argument in op._schema.arguments].index("packed")
 
-    def cast_and_call(_, *args):
-        dtype = torch.get_autocast_dtype(device)
+    def cast(argument: Any) -> Any:
+        if not isinstance(argument, Tensor) or argument.device.type != device:
+            return argument
+        eligible = argument.is_floating_point() and argument.dtype != torch.float64
+        return argument.to(torch.get_autocast_dtype(device)) if eligible else argument
 
-        def cast(argument):
-            if not isinstance(argument, Tensor) or argument.device.type != device:
-                return argument
-            eligible = argument.is_floating_point() and argument.dtype != torch.float64
-            return argument.to(dtype) if eligible else argument
-
-        args = list(args)
-        packed, args[packed_index] = args[packed_index], None
-        args[:packed_index] = [cast(argument) for argument in args[:packed_index]]
-        # A packed weight of another dtype was made from the weight before the cast: the operator packs anew.
-        if packed is not None and packed.dtype == args[1].dtype:
-            args[packed_index] = packed
+    def cast_and_call(_: Any, *args: Any) -> Any:
+        arguments = [argument if i == packed_index else cast(argument) for i, argument in enumerate(args)]
+        packed, weight = arguments[packed_index], arguments[1]
+        if packed is not None and packed.dtype != weight.dtype:
+            arguments[packed_index] = None  # made from the weight before the cast: the operator packs anew
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(autocast)):
-            return op(*args)
+            return op(*arguments)
 
-    _LIBRARY.impl(op._opname, cast_and_call, key, with_keyset=True)
+    _LIBRARY.impl(op._opname, cast_and_call, key, with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 for _op in (_FORWARD, _OUT):
@@ -310,26 +347,26 @@ for _op in (_FORWARD, _OUT):
 # ---- vmap ----
 
 
-@torch.library.register_vmap(_FORWARD)
-def _(info, in_dims, *args):
-    input, *rest = args
-    input_dim, *rest_dims = in_dims
-    if input_dim is not None and all(dim is None for dim in rest_dims):
-        # Images of the batch's samples are images of one batch.
-        input = input.movedim(input_dim, 0)
-        output = _FORWARD(input.flatten(0, 1), *rest)
-        return output.unflatten(0, input.shape[:2]), 0
+def _each_sample(op: torch._ops.OpOverload, batch_size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    def sample(argument: Any, dim: Any, index: int) -> Any:
+        return argument.select(dim, index) if isinstance(dim, int) else argument
 
-    def sample(index: int) -> list:
-        return [a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims, strict=True)]
-
-    return torch.stack([_FORWARD(*sample(index)) for index in range(info.batch_size)]), 0
+    for index in range(batch_size):
+        yield op(*[sample(argument, dim, index) for argument, dim in zip(args, in_dims, strict=True)])
 
 
-@torch.library.register_vmap(_BACKWARD)
-def _(info, in_dims, *args):
-    def sample(index: int) -> list:
-        return [a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims, strict=True)]
+def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    if in_dims[0] is None or any(isinstance(dim, int) for dim in in_dims[1:]):
+        return torch.stack(list(_each_sample(_FORWARD, info.batch_size, in_dims, args))), 0
+    # Only the images differ: those of all samples are one batch.
+    images = args[0].movedim(in_dims[0], 0)
+    return _FORWARD(images.flatten(0, 1), *args[1:]).unflatten(0, images.shape[:2]), 0
 
-    results = [_BACKWARD(*sample(index)) for index in range(info.batch_size)]
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    results = _each_sample(_BACKWARD, info.batch_size, in_dims, args)
     return tuple(torch.stack(gradients) for gradients in zip(*results, strict=True)), (0, 0)
+
+
+torch.library.register_vmap(_FORWARD, _vmap_forward)
+torch.library.register_vmap(_BACKWARD, _vmap_backward)

@@ -7,7 +7,7 @@ from torch import Tensor
 from pyseg._ops import atrous_conv2d as _op
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-Pair = int | tuple[int, int]
+Pair = int | tuple[int, ...]
 
 
 def atrous_conv2d(
@@ -84,7 +84,7 @@ def atrous_conv2d(
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     arguments = (batch, weight, bias, scale, shift, padding, dilation, groups, relu, exact, allow_tf32, packed)
     if out is None:
-        output = torch.ops.pyseg.atrous_conv2d(*arguments)
+        output: Tensor = torch.ops.pyseg.atrous_conv2d(*arguments)
         return output if input.dim() == 4 else output.squeeze(0)
     if out.dim() != input.dim():
         raise RuntimeError(f"atrous_conv2d: out must have {input.dim()} dimensions like input, got {list(out.shape)}")
@@ -93,7 +93,7 @@ def atrous_conv2d(
 
 
 def why_torch(
-    weight: Tensor, stride: tuple[int, int], groups: int, channels: int, dtype: torch.dtype, device: str
+    weight: Tensor, stride: tuple[int, ...], groups: int, channels: int, dtype: torch.dtype, device: str
 ) -> str:
     """Why this convolution is not for our kernels but for torch's; empty if it is for ours."""
     c_out, _, k_h, k_w = weight.shape
@@ -111,13 +111,11 @@ def why_torch(
 
 
 def _pair(name: str, value: Pair) -> tuple[int, int]:
-    if isinstance(value, tuple | list):
-        if len(value) == 2:
-            return (value[0], value[1])
-        if len(value) == 1:
-            return (value[0], value[0])
+    if isinstance(value, int | torch.SymInt):
+        return (value, value)
+    if len(value) not in (1, 2):
         raise RuntimeError(f"atrous_conv2d: {name} must be one or two integers, got {list(value)}")
-    return (value, value)
+    return (value[0], value[-1])
 
 
 def _torch_conv2d(

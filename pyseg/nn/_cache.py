@@ -27,9 +27,9 @@ class Cached:
     __slots__ = ("_entry",)
 
     def __init__(self) -> None:
-        self._entry: tuple | None = None  # replaced as a whole, so that threads may share it
+        self._entry: tuple[Any, list[_Stamp], Any] | None = None  # replaced as a whole, so that threads may share it
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (Cached, ())
 
     def clear(self) -> None:
@@ -40,9 +40,8 @@ class Cached:
         if not _can_keep(tensors):
             return compute()
         entry = self._entry
-        if entry is not None and entry[0] == key and len(entry[1]) == len(tensors):
-            if all(stamp.matches(tensor) for stamp, tensor in zip(entry[1], tensors, strict=True)):
-                return entry[2]
+        if entry is not None and entry[0] == key and _match(entry[1], tensors):
+            return entry[2]
         # Normal tensors, also where inference mode is on: what is kept may meet autograd later.
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
@@ -51,8 +50,10 @@ class Cached:
 
 
 def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
-    """Only in plain eager mode: whoever traces would make a constant of the value."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+    """Only without gradients and in plain eager mode: whoever traces would make a constant of the value."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
@@ -62,7 +63,7 @@ def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
 
 
 class _Stamp:
-    __slots__ = ("_tensor", "_state", "_values")
+    __slots__ = ("_state", "_tensor", "_values")
 
     def __init__(self, tensor: Tensor):
         self._tensor = weakref.ref(tensor)
@@ -77,7 +78,11 @@ class _Stamp:
         return self._values is None or _values(tensor) == self._values
 
 
-def _state(tensor: Tensor) -> tuple:
+def _match(stamps: list[_Stamp], tensors: tuple[Tensor, ...]) -> bool:
+    return len(stamps) == len(tensors) and all(s.matches(t) for s, t in zip(stamps, tensors, strict=True))
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
     version = None if tensor.is_inference() else tensor._version
     return version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 

@@ -1,6 +1,6 @@
 """Drop-in replacement of torch.nn.Conv2d over pyseg.functional.atrous_conv2d."""
 
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class AtrousConv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -101,10 +101,10 @@ class AtrousConv2d(nn.Conv2d):
     def fold_batch_norm(self, bn: nn.BatchNorm2d | None, relu: bool = False) -> None:
         """Lets forward compute relu?(bn(conv(x))) in eval mode, in one kernel; with bn=None, relu?(conv(x)).
 
-        `bn` stays where it is in the model and is no child of this module: state_dict keys do not change. Its statistics
-        and parameters are read in every call (and folded to a scale and a shift again when they have changed), and
-        they get gradients. Whether the next forward will do it, `applies_folded` tells: not in training mode, neither this
-        module's nor bn's. The caller sees to it that bn and the ReLU are skipped then, and only then.
+        `bn` stays where it is in the model and is no child of this module: state_dict keys do not change. Its
+        statistics and parameters are read in every call (and folded to a scale and a shift again when they have
+        changed), and they get gradients. `applies_folded` tells whether the next forward will do it: not in training
+        mode, this module's or bn's. The caller sees to it that bn and the ReLU are skipped then, and only then.
 
         Raises ValueError if bn normalises with the statistics of the batch even in eval mode, or has other channels.
         """
@@ -136,20 +136,18 @@ class AtrousConv2d(nn.Conv2d):
         bn, relu = self._folded
         if bn is None:
             return None, None, relu
-        mean, variance = bn.running_mean, bn.running_var
-        gamma, beta = bn.weight, bn.bias
-        assert mean is not None and variance is not None
+        mean, variance, gamma, beta, eps = bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
+        assert mean is not None  # fold_batch_norm has checked
+        assert variance is not None
 
         def affine() -> tuple[Tensor, Tensor]:
-            scale = torch.rsqrt(variance + bn.eps)
+            scale = torch.rsqrt(variance + eps)
             scale = scale if gamma is None else scale * gamma
             shift = -mean * scale if beta is None else beta - mean * scale
             return scale.to(dtype), shift.to(dtype)
 
         tensors = tuple(tensor for tensor in (mean, variance, gamma, beta) if tensor is not None)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return *affine(), relu
-        return *self._affine.get(tensors, (dtype, bn.eps), affine), relu
+        return *self._affine.get(tensors, (dtype, eps), affine), relu
 
     # ---- packed weight ----
 
@@ -160,14 +158,18 @@ class AtrousConv2d(nn.Conv2d):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.clear_cache()  # .to(), .cuda(), .half(): free the old device's memory now
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def train(self, mode: bool = True) -> Self:
+        """Training mode on or off, as in torch. Training has no use for a packed weight: frees it."""
         if mode:
             self.clear_cache()
         return super().train(mode)
 
     def _packed_weight(self, weight: Tensor) -> Tensor | None:
+        if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+            return None
         device = weight.device.type
         if why_torch(weight, self.stride, self.groups, self.in_channels, weight.dtype, device) or self.groups != 1:
             return None
@@ -176,9 +178,9 @@ class AtrousConv2d(nn.Conv2d):
         dtype = weight.dtype
         if dtype != torch.float64 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        return self._packed.get(
-            (weight,), dtype, lambda: torch.ops.pyseg._atrous_conv2d_pack(weight.detach().to(dtype))
-        )
+        pack = torch.ops.pyseg._atrous_conv2d_pack
+        packed: Tensor = self._packed.get((weight,), dtype, lambda: pack(weight.detach().to(dtype)))
+        return packed
 
     # ---- forward ----
 
@@ -204,7 +206,9 @@ class AtrousConv2d(nn.Conv2d):
         )
 
     def extra_repr(self) -> str:
-        text = super().extra_repr() + (", exact=True" if self.exact else "")
+        """As in torch, and what is special about this module."""
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        text += ", exact=True" if self.exact else ""
         if self._folded is not None:
             bn, relu = self._folded
             text += f", folded={'+'.join(['batch_norm'] * (bn is not None) + ['relu'] * relu)}"
@@ -245,14 +249,13 @@ class AtrousConv2d(nn.Conv2d):
             *self.dilation,
             self.groups,
             self.exact,
-            weight.element_size(),
         )
         return AtrousConv2dPlan(plan.pop("path"), plan.pop("reason"), plan)
 
-    def _zero_padding(self) -> tuple[int, int]:
+    def _zero_padding(self) -> tuple[int, ...]:
         if self.padding_mode != "zeros" or self.padding == "valid":
             return (0, 0)
-        return self.dilation if self.padding == "same" else self.padding
+        return self.padding if isinstance(self.padding, tuple) else self.dilation
 
 
 def _cuda_plan(weight: Tensor, groups: int) -> AtrousConv2dPlan:

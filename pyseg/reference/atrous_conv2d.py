@@ -30,8 +30,8 @@ def atrous_conv2d(
     padded = F.pad(input, (p_w, p_w, p_h, p_h))
     h_out = (padded.shape[2] - d_h * (k_h - 1) - 1) // s_h + 1
     w_out = (padded.shape[3] - d_w * (k_w - 1) - 1) // s_w + 1
-    images = padded.unflatten(1, (groups, -1))  # [N, G, C_in / G, H, W]
-    filters = weight.unflatten(0, (groups, -1))  # [G, C_out / G, C_in / G, kH, kW]
+    images = padded.reshape(batch, groups, input.shape[1] // groups, *padded.shape[2:])  # [N, G, C_in / G, H, W]
+    filters = weight.reshape(groups, c_out // groups, *weight.shape[1:])  # [G, C_out / G, C_in / G, kH, kW]
     output = input.new_zeros(batch, c_out, h_out, w_out)
     for u in range(k_h):
         for v in range(k_w):

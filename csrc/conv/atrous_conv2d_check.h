@@ -1,0 +1,91 @@
+// Checks of atrous_conv2d's arguments, the same on every device. Messages name operator, argument, expected and got.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+
+namespace pyseg::atrous {
+
+using OptTensor = std::optional<torch::stable::Tensor>;
+using Ints = std::vector<int64_t>;
+
+constexpr const char* kForward = "atrous_conv2d";
+constexpr const char* kBackward = "_atrous_conv2d_backward";
+constexpr const char* kPack = "_atrous_conv2d_pack";
+
+inline Ints sizes_of(const torch::stable::Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+inline void check_dtype(const char* op, const char* name, const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = t.scalar_type();
+  PYSEG_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+                  type == ScalarType::BFloat16,
+              op, ": ", name, " must be float32, float64, float16 or bfloat16, got torch.",
+              torch::headeronly::toString(type));
+}
+
+inline void check_like(const char* op, const char* name, const torch::stable::Tensor& t,
+                       const torch::stable::Tensor& input) {
+  PYSEG_CHECK(t.scalar_type() == input.scalar_type(), op, ": ", name, " must have the dtype of input, torch.",
+              torch::headeronly::toString(input.scalar_type()), ", got torch.",
+              torch::headeronly::toString(t.scalar_type()));
+  PYSEG_CHECK(t.is_cuda() == input.is_cuda() && t.get_device_index() == input.get_device_index(), op, ": ", name,
+              " must be on the device of input");
+}
+
+inline void check_weight(const char* op, const torch::stable::Tensor& weight) {
+  PYSEG_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
+              ": weight must be [C_out, C_in / groups, 3, 3], got ", weight.sizes());
+}
+
+inline void check_vector(const char* name, const OptTensor& t, const torch::stable::Tensor& input, int64_t channels) {
+  if (!t) return;
+  check_like(kForward, name, *t, input);
+  PYSEG_CHECK(t->dim() == 1 && t->size(0) == channels, kForward, ": ", name, " must be [C_out] = [", channels,
+              "], got ", t->sizes());
+}
+
+// `name` must be a tensor like input, of these sizes.
+inline void check_map(const char* op, const char* name, const torch::stable::Tensor& t,
+                      const torch::stable::Tensor& input, const Ints& sizes) {
+  check_like(op, name, t, input);
+  PYSEG_CHECK(t.dim() == 4 && sizes_of(t) == sizes, op, ": ", name, " must be ", sizes, ", got ", t.sizes());
+}
+
+inline void check_out(const torch::stable::Tensor& out, const torch::stable::Tensor& input, const Ints& sizes) {
+  check_map(kForward, "out", out, input, sizes);
+  for (int d = 0; d < 4; ++d) {
+    PYSEG_CHECK(out.size(d) <= 1 || out.stride(d) != 0, kForward, ": out must not be expanded, got strides ",
+                out.strides());
+  }
+}
+
+// Checks input, weight, padding, dilation and groups; returns the output's [N, C_out, H, W].
+inline Ints check_convolution(const char* op, const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+                              const Ints& padding, const Ints& dilation, int64_t groups) {
+  PYSEG_CHECK(input.dim() == 4, op, ": input must be [N, C_in, H, W], got ", input.sizes());
+  check_weight(op, weight);
+  check_dtype(op, "input", input);
+  check_like(op, "weight", weight, input);
+  PYSEG_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, op,
+              ": padding must be two integers that are not negative, got ", padding);
+  PYSEG_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1, op,
+              ": dilation must be two positive integers, got ", dilation);
+  const int64_t in = input.size(1), out = weight.size(0);
+  PYSEG_CHECK(groups == 1 || (groups == in && groups == out), op, ": groups must be 1 or C_in = C_out, got ", groups,
+              " with C_in = ", in, " and C_out = ", out);
+  PYSEG_CHECK(weight.size(1) * groups == in, op, ": weight must be [C_out, C_in / groups, 3, 3] with C_in = ", in,
+              " and groups = ", groups, ", got ", weight.sizes());
+  const int64_t h = input.size(2) + 2 * padding[0] - 2 * dilation[0];
+  const int64_t w = input.size(3) + 2 * padding[1] - 2 * dilation[1];
+  PYSEG_CHECK(h >= 0 && w >= 0, op, ": output size would be [", h, ", ", w, "]: input [", input.size(2), ", ",
+              input.size(3), "] is too small for dilation ", dilation, " and padding ", padding);
+  return {input.size(0), out, h, w};
+}
+
+}  // namespace pyseg::atrous

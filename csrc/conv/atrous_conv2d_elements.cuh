@@ -1,0 +1,159 @@
+// Elements of the SIMT kernels of atrous_conv2d: accumulator types, conversions, 16-byte vectors, the epilogue.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace pyseg::atrous {
+
+constexpr int kVectorBytes = 16;  // the widest load and store of one thread
+
+// 16-bit types and float accumulate in float, double in double.
+template <typename T>
+struct AccumulatorOf {
+  using Type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using Type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::Type;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T narrow(Accumulator<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    if constexpr (std::is_same_v<T, __half>) {
+      return __float2half_rn(x);
+    } else {
+      return __float2bfloat16_rn(x);
+    }
+  } else {
+    return x;
+  }
+}
+
+// kSize elements that travel together: one 16-byte access when they fill one, single accesses otherwise.
+template <typename T, int kSize>
+struct Vector {
+  static_assert(kSize == 1 || kSize * sizeof(T) == kVectorBytes, "other sizes have no single access");
+  T at[kSize];
+
+  static __device__ __forceinline__ Vector load(const T* from) {
+    Vector v;
+    if constexpr (kSize == 1) {
+      v.at[0] = *from;
+    } else {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from);
+      __builtin_memcpy(v.at, &bits, kVectorBytes);
+    }
+    return v;
+  }
+
+  __device__ __forceinline__ void store(T* to) const {
+    if constexpr (kSize == 1) {
+      *to = at[0];
+    } else {
+      uint4 bits;
+      __builtin_memcpy(&bits, at, kVectorBytes);
+      *reinterpret_cast<uint4*>(to) = bits;
+    }
+  }
+
+  static __device__ __forceinline__ Vector filled(float value) {
+    Vector v;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) v.at[i] = narrow<T>(value);
+    return v;
+  }
+};
+
+// relu((sum + bias) * scale + shift) of kSize channels; absent terms are 0, 1 and 0, which change no value.
+template <typename T, int kSize>
+struct ChannelEpilogue {
+  Vector<T, kSize> bias, scale, shift;
+  bool relu;
+
+  __device__ __forceinline__ ChannelEpilogue(const T* bias_, const T* scale_, const T* shift_, bool relu_, int channel)
+      : bias(bias_ ? Vector<T, kSize>::load(bias_ + channel) : Vector<T, kSize>::filled(0)),
+        scale(scale_ ? Vector<T, kSize>::load(scale_ + channel) : Vector<T, kSize>::filled(1)),
+        shift(shift_ ? Vector<T, kSize>::load(shift_ + channel) : Vector<T, kSize>::filled(0)),
+        relu(relu_) {}
+
+  __device__ __forceinline__ T operator()(Accumulator<T> sum, int i) const {
+    const Accumulator<T> y = (sum + widen(bias.at[i])) * widen(scale.at[i]) + widen(shift.at[i]);
+    return narrow<T>(relu && y < 0 ? Accumulator<T>(0) : y);  // a NaN stays
+  }
+};
+
+// Four accumulators that travel together in shared memory.
+template <typename Acc>
+struct alignas(kVectorBytes) Quad {
+  Acc at[4];
+};
+
+// The first `count` (may be negative) of four elements, zeros for the others. `aligned`: `from` is a multiple of four
+// elements into 16-byte aligned memory, and `count` too.
+template <typename T>
+__device__ __forceinline__ Quad<Accumulator<T>> load_quad(const T* from, int count, bool aligned) {
+  T elements[4] = {narrow<T>(0), narrow<T>(0), narrow<T>(0), narrow<T>(0)};
+  if (aligned) {
+    if (count > 0) {
+      if constexpr (sizeof(T) == 2) {
+        const uint2 bits = *reinterpret_cast<const uint2*>(from);
+        __builtin_memcpy(elements, &bits, sizeof(bits));
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i += kVectorBytes / sizeof(T)) {
+          const uint4 bits = *reinterpret_cast<const uint4*>(from + i);
+          __builtin_memcpy(elements + i, &bits, sizeof(bits));
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) elements[i] = from[i];
+    }
+  }
+  Quad<Accumulator<T>> quad;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) quad.at[i] = widen(elements[i]);
+  return quad;
+}
+
+// The counterpart: stores the first `count` of four.
+template <typename T>
+__device__ __forceinline__ void store_quad(T* to, const T (&elements)[4], int count, bool aligned) {
+  if (aligned) {
+    if (count > 0) {
+      if constexpr (sizeof(T) == 2) {
+        uint2 bits;
+        __builtin_memcpy(&bits, elements, sizeof(bits));
+        *reinterpret_cast<uint2*>(to) = bits;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i += kVectorBytes / sizeof(T)) {
+          uint4 bits;
+          __builtin_memcpy(&bits, elements + i, sizeof(bits));
+          *reinterpret_cast<uint4*>(to + i) = bits;
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) to[i] = elements[i];
+    }
+  }
+}
+
+}  // namespace pyseg::atrous

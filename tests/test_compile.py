@@ -1,0 +1,231 @@
+"""torch.compile(fullgraph=True, dynamic=True) of the operators: same results as eager mode, no graph breaks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import pyseg
+from pyseg.functional import atrous_conv2d
+
+BACKENDS = ["aot_eager", "inductor"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function, backend, dynamic=True):
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+
+
+def available(device, backend):
+    if device == "cuda" and backend == "inductor":
+        pytest.skip("needs a GPU: inductor writes kernels of its own")
+
+
+def images(device, *sizes, channels=5, requires_grad=False):
+    torch.manual_seed(0)
+    for n, h, w in sizes:
+        yield torch.randn(n, channels, h, w).to(device).requires_grad_(requires_grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("groups", [1, 5])
+def test_atrous_conv2d(device, backend, groups):
+    """Forward and backward, every differentiable argument, sizes and channels that change without recompiling."""
+    available(device, backend)
+    torch.manual_seed(1)
+    weight = torch.randn(5, 5 // groups, 3, 3).to(device).requires_grad_()
+    bias, scale, shift = (torch.randn(5).to(device).requires_grad_() for _ in range(3))
+
+    def function(x, weight, bias, scale, shift):
+        y = atrous_conv2d(x.sin(), weight, bias, 1, 2, (1, 2), groups, scale=scale, shift=shift, relu=True)
+        return y.cos()
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = compiled(function, counter)
+    for x in images(device, (2, 7, 9), (3, 8, 6), (4, 11, 7), requires_grad=True):
+        results = []
+        for f in (function, fast):
+            y = f(x, weight, bias, scale, shift)
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, bias, scale, shift))])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-3)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_atrous_conv2d_channels_last(backend):
+    weight = torch.randn(6, 5, 3, 3)
+    fast = compiled(lambda x: atrous_conv2d(x, weight, padding=1) * 2, backend)
+    for x in images("cpu", (2, 7, 9), (3, 6, 8)):
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = fast(x)
+        torch.testing.assert_close(y, atrous_conv2d(x, weight, padding=1) * 2)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_atrous_conv2d_out(backend):
+    """A concatenation written in place stays one under functionalisation."""
+    weights = [torch.randn(4, 5, 3, 3) for _ in range(2)]
+
+    def concatenate(x):
+        n, _, h, w = x.shape
+        both = x.new_zeros(n, 8, h, w)
+        for index, weight in enumerate(weights):
+            atrous_conv2d(x, weight, padding=1, relu=True, out=both[:, 4 * index : 4 * index + 4])
+        return both + 1
+
+    fast = compiled(concatenate, backend)
+    for x in images("cpu", (2, 7, 9), (1, 6, 8)):
+        torch.testing.assert_close(fast(x), concatenate(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_atrous_conv2d_autocast(backend):
+    weight = torch.randn(4, 5, 3, 3)
+
+    def function(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return atrous_conv2d(x, weight, padding=1)
+
+    fast = compiled(function, backend)
+    (x,) = images("cpu", (1, 7, 9))
+    assert fast(x).dtype == torch.bfloat16
+    assert torch.equal(fast(x), function(x))
+    plain = compiled(lambda x: atrous_conv2d(x, weight, padding=1), backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain(x), function(x))
+
+
+def test_atrous_conv2d_torch_path():
+    """What goes to torch compiles as well."""
+    weight = torch.randn(4, 5, 3, 3)
+    fast = compiled(lambda x: atrous_conv2d(x, weight, stride=2, scale=torch.ones(4), relu=True), "aot_eager")
+    (x,) = images("cpu", (1, 7, 9))
+    torch.testing.assert_close(fast(x), atrous_conv2d(x, weight, stride=2, scale=torch.ones(4), relu=True))
+
+
+def test_atrous_conv2d_error():
+    """A wrong shape is named while tracing."""
+    fast = compiled(lambda x, w: atrous_conv2d(x, w), "aot_eager")
+    with pytest.raises(Exception, match="weight must be .* got"):
+        fast(torch.ones(1, 4, 8, 8), torch.ones(4, 5, 3, 3))
+
+
+def test_tf32_switch_does_not_break_the_graph(device):
+    """Read when traced; torch's own switches, both kinds, may have been set before."""
+    if device == "cpu":
+        fast = compiled(lambda x: x * pyseg._ops.atrous_conv2d.cudnn_allows_tf32(), "aot_eager")
+        (x,) = images(device, (1, 4, 4))
+    else:
+        weight = torch.randn(4, 5, 3, 3).to(device)
+        fast = compiled(lambda x: atrous_conv2d(x, weight, padding=1), "aot_eager")
+        (x,) = images(device, (1, 6, 6))
+    before = torch._C._get_fp32_precision_getter("cuda", "conv")
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        fast(x)
+        torch._dynamo.reset()
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        fast(x)
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def block(device, fold):
+    torch.manual_seed(0)
+    conv = pyseg.nn.AtrousConv2d(5, 6, 3, padding=2, dilation=2)
+    bn = nn.BatchNorm2d(6)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    model = nn.ModuleDict({"conv": conv, "bn": bn}).to(device).eval()
+    if fold:
+        conv.fold_batch_norm(bn, relu=True)
+    return model
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda m: m.__name__)
+def test_module_follows_its_weights(device, backend, fold, mode):
+    """A compiled module must never use a packed weight, scale or shift of parameters that it no longer has."""
+    available(device, backend)
+    model = block(device, fold)
+    conv, bn = model["conv"], model["bn"]
+    (x,) = images(device, (2, 9, 8))
+    with mode():
+        conv(x)  # eager mode has cached by now
+        fast = compiled(conv, backend)
+        torch.testing.assert_close(fast(x), conv(x), rtol=1e-4, atol=1e-4)
+
+    def in_place():
+        conv.weight.mul_(-1.5)
+        bn.running_mean.add_(1)
+
+    def through_data():
+        conv.weight.data.add_(0.3)
+        bn.weight.data.mul_(2)
+
+    def swapped():
+        conv.weight.data = conv.weight.data * 0.5 + 0.1
+        bn.bias.data = bn.bias.data + 3
+
+    def loaded():
+        conv.load_state_dict({name: torch.ones_like(value) for name, value in conv.state_dict().items()})
+
+    def replaced():
+        conv.weight = nn.Parameter(torch.full_like(conv.weight, 0.1))
+
+    for change in (in_place, through_data, swapped, loaded, replaced):
+        with torch.no_grad():
+            change()
+        with mode():
+            fresh = copy.deepcopy(model)["conv"]
+            torch.testing.assert_close(fast(x), fresh(x), rtol=1e-4, atol=1e-4, msg=lambda m, c=change: f"{c}: {m}")
+
+
+def test_module_of_inference_tensors():
+    with torch.inference_mode():
+        model = block("cpu", fold=True)
+        conv = model["conv"]
+        (x,) = images("cpu", (2, 9, 8))
+        fast = compiled(conv, "aot_eager")
+        torch.testing.assert_close(fast(x), conv(x))
+        conv.weight.mul_(2)
+        torch.testing.assert_close(fast(x), copy.deepcopy(model)["conv"](x))
+
+
+def test_module_trains():
+    """Training mode to eval mode and back under one compiled module."""
+    conv = block("cpu", fold=True)["conv"]
+    fast = compiled(conv, "aot_eager")
+    (x,) = images("cpu", (2, 9, 8))
+    for training in (True, False, True):
+        conv.train(training)
+        got = torch.autograd.grad(fast(x).square().sum(), list(conv.parameters()))
+        want = torch.autograd.grad(conv(x).square().sum(), list(conv.parameters()))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_freezing_folds_the_packing():
+    """With inductor's freezing the weights are constants of the graph, and so is what is packed of them."""
+    import torch._inductor.config as config
+    from torch._inductor.utils import run_and_get_code
+
+    conv = block("cpu", fold=False)["conv"]
+    (x,) = images("cpu", (2, 9, 8))
+    with torch.no_grad(), config.patch(freezing=True):
+        fast = compiled(conv, "inductor", dynamic=False)
+        y, code = run_and_get_code(fast, x)
+        torch.testing.assert_close(y, conv(x))
+    assert "_atrous_conv2d_pack" not in "".join(code)

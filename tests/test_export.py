@@ -1,0 +1,104 @@
+"""torch.export of the operators, strict and not, with dynamic shapes, saved and loaded."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import pyseg
+from pyseg.functional import atrous_conv2d
+
+
+class Function(nn.Module):
+    def __init__(self, groups):
+        super().__init__()
+        torch.manual_seed(0)
+        self.groups = groups
+        self.weight = nn.Parameter(torch.randn(6, 6 // groups, 3, 3))
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return atrous_conv2d(x, self.weight, self.bias, padding=(2, 1), dilation=(2, 1), groups=self.groups, relu=True)
+
+
+def saved_and_loaded(program):
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_atrous_conv2d(device, strict, groups):
+    model = Function(groups).to(device)
+    x = torch.randn(2, 6, 9, 8).to(device)
+    shapes = {"x": {0: Dim("n"), 2: Dim("h", min=4, max=4096), 3: Dim("w", min=4, max=4096)}}
+    program = saved_and_loaded(torch.export.export(model, (x,), dynamic_shapes=shapes, strict=strict))
+    assert [node.target for node in program.graph.nodes].count(torch.ops.pyseg.atrous_conv2d.default) == 1
+    for size in ((2, 6, 9, 8), (1, 6, 5, 12), (4, 6, 17, 4)):
+        x = torch.randn(size).to(device)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Block(nn.Module):
+    """What pyseg.accelerate makes of convolution, batch norm, ReLU; the batch norm stays a child of the model."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = pyseg.nn.AtrousConv2d(6, 5, 3, padding=2, dilation=2)
+        self.bn = nn.BatchNorm2d(5)
+        self.bn.running_mean.normal_()
+        self.bn.running_var.uniform_(0.5, 2)
+        self.conv.fold_batch_norm(self.bn, relu=True)
+        self.eval()
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad], ids=lambda m: m.__name__)
+def test_module(device, strict, mode):
+    """The program carries the state_dict of the model, no packed weight, and follows its own parameters."""
+    model = Block().to(device)
+    x = torch.randn(2, 6, 9, 8).to(device)
+    with mode():
+        model(x)  # eager mode has cached by now
+        program = torch.export.export(model, (x,), strict=strict)
+        assert set(program.state_dict) == set(model.state_dict())
+        assert not program.constants
+        module = saved_and_loaded(program).module()
+        torch.testing.assert_close(module(x), model(x), rtol=1e-4, atol=1e-4)
+    changed = {name: value * 2 if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    model.load_state_dict(changed)
+    module.load_state_dict(changed)
+    with mode():
+        torch.testing.assert_close(module(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_module_decomposed():
+    """Lowering to the core operators leaves ours as they are."""
+    model = Block()
+    program = torch.export.export(model, (torch.randn(2, 6, 9, 8),)).run_decompositions()
+    assert torch.ops.pyseg.atrous_conv2d.default in [node.target for node in program.graph.nodes]
+
+
+def test_exported_for_training():
+    """Gradients flow through an exported module."""
+    model = Block().train()
+    x = torch.randn(2, 6, 9, 8)
+    module = torch.export.export(model, (x,)).module()
+    module(x).square().sum().backward()
+    assert module.conv.weight.grad.any()
+
+
+def test_module_of_inference_tensors():
+    with torch.inference_mode():
+        model = Block()
+        x = torch.randn(2, 6, 9, 8)
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), model(x))
