@@ -36,8 +36,8 @@ def markdown(results: dict[str, Any], picture: str | None = None) -> str:
     parts = [
         "# Benchmark results",
         provenance(results),
-        "Higher ratios are better: how many times faster than the baseline (torch as models run today: eager, NCHW) and "
-        "than the fastest peer of each case. [README.md](README.md) explains every column.",
+        "Higher ratios are better: how many times faster than the baseline (torch as models run today: eager, NCHW) "
+        "and than the fastest peer of each case. [README.md](README.md) explains every column.",
         summary_table(results),
         notes_list(results),
         f"![Speed-ups by family]({picture})" if picture else "",
@@ -214,15 +214,9 @@ def _threads(threads: int) -> str:
 
 
 def _ratio(value: float | None) -> str:
-    return (
-        NONE
-        if value is None
-        else f"{value:.2f}x"
-        if value < 10
-        else f"{value:.1f}x"
-        if value < 100
-        else f"{value:.0f}x"
-    )
+    if value is None:
+        return NONE
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}x"
 
 
 def _percent(value: float | None) -> str:

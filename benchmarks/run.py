@@ -1,8 +1,8 @@
 """Measures pyseg beside its peers: python benchmarks/run.py [--full | --filter REGEX] [--threads 1,2].
 
-The cases lie in benchmarks/cases. Each number of threads has a process of its own, pinned to as many cores, in which the
-contenders of a case take turns. Writes JSON, a Markdown table and a plot; benchmarks/results/README.md says what the
-figures mean and how they were made. Exits with 1 where a result of pyseg was refused.
+The cases lie in benchmarks/cases. Each number of threads has a process of its own, pinned to as many cores, in which
+the contenders of a case take turns. Writes JSON, a Markdown table and a plot; benchmarks/results/README.md says what
+the figures mean and how they were made. Exits with 1 where a result of pyseg was refused.
 """
 
 import argparse
@@ -28,8 +28,8 @@ import summary
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 # By default glibc maps every block above 32 MiB afresh and the kernel clears it page by page, which takes longer than
-# many of the kernels measured. So: never map, never give back. Without its caches of small blocks glibc finds large
-# freed blocks again (they cut its aligned blocks into pieces that never rejoin); one arena, or threads have none so large.
+# many of the kernels measured. So: never map, never give back. No caches of small blocks
+# either: they keep the scraps beside large aligned blocks, which then never rejoin. One arena: only it can grow so large.
 MALLOC_TUNING = {"mmap_max": 0, "trim_threshold": 1 << 40, "tcache_count": 0, "mxfast": 0, "arena_max": 1}
 PROGRESS, STARTED, RATES, CRASHED = "record", "started", "rates", "process died"
 

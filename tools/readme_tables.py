@@ -61,14 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if options.check and not current else 0
 
 
-def rewrite(text: str, root: Path = ROOT) -> str:
+def rewrite(text: str) -> str:
     """`text` with every table made anew."""
 
     def table(block: re.Match[str]) -> str:
         kind, pattern = block["kind"], block["pattern"] or ""
         if kind not in TABLES:
             raise ValueError(f"unknown table {kind}, expected one of {', '.join(TABLES)}")
-        results = json.loads((root / block["results"]).read_text())
+        results = json.loads((ROOT / block["results"]).read_text())
         return block["begin"] + TABLES[kind](results, pattern) + "\n" + block["end"]
 
     if text.count("<!-- benchmark: ") != len(BLOCK.findall(text)):
