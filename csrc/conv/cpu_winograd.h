@@ -40,24 +40,20 @@ struct Kind {
   static constexpr int value = K;
 };
 
+// Calls f with the kind as a constant. Tap sets of one size share a transform, so one of them stands for all.
 template <typename F>
 inline void with_kind(int kind, const F& f) {
   switch (kind) {
-#define PYSEG_CASE(n) \
-  case n: return f(Kind<n>{});
-    PYSEG_CASE(0)
-    PYSEG_CASE(1)
-    PYSEG_CASE(2)
-    PYSEG_CASE(3)
-    PYSEG_CASE(4)
-    PYSEG_CASE(5)
-    PYSEG_CASE(6)
-    PYSEG_CASE(7)
-    PYSEG_CASE(8)
-    PYSEG_CASE(9)
-    PYSEG_CASE(10)
-    PYSEG_CASE(11)
-#undef PYSEG_CASE
+    case kF4: return f(Kind<kF4>{});
+    case kF3: return f(Kind<kF3>{});
+    case kF2: return f(Kind<kF2>{});
+    case kE2: return f(Kind<kE2>{});
+  }
+  switch (kTileSpecs[kind].products) {
+    case 0: return f(Kind<kTaps>{});
+    case 1: return f(Kind<kTaps + 1>{});
+    case 2: return f(Kind<kTaps + 3>{});
+    case 3: return f(Kind<kTaps + 7>{});
   }
 }
 
