@@ -1,12 +1,10 @@
 // Launches of the depthwise kernels: which layout, vectors or single elements, how the work is dealt out.
 #include "atrous_conv2d_depthwise_cuda.cuh"
 #include "atrous_conv2d_depthwise_rows_cuda.cuh"
+#include "atrous_conv2d_launch_cuda.h"
 
 namespace pyseg::atrous {
 namespace {
-
-constexpr int64_t kMostSize = int64_t{1} << 28;  // sums of a few sizes, paddings and dilations fit an int
-constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 
 // Channels and columns of one thread, chosen for 16 warps on a multiprocessor (128 registers). Eight 16-bit channels would
 // halve the warps for the same number of bytes under way. Four columns read 1.5 for each one written.
@@ -21,13 +19,7 @@ constexpr int kLongestWalk = 32, kShortestWalk = 4;
 constexpr int64_t kEnoughThreads = 1 << 15;  // walks are halved below it: more threads, more rows read twice
 constexpr int kEnoughBlocks = 256;           // the same for the weight gradient's splits
 
-bool fits(const Shape& s) {
-  for (int64_t size : {s.batch, s.channels, s.height, s.width, s.out_height, s.out_width, s.dilation_h, s.dilation_w,
-                       s.pad_h < 0 ? -s.pad_h : s.pad_h, s.pad_w < 0 ? -s.pad_w : s.pad_w}) {
-    if (size > kMostSize) return false;
-  }
-  return s.channels * s.out_width < kMostBlocks;
-}
+bool fits(const Shape& s) { return sizes_fit(s) && s.channels * s.out_width < kMostBlocks; }
 
 bool has_output(const Shape& s) { return s.batch > 0 && s.channels > 0 && s.out_height > 0 && s.out_width > 0; }
 
@@ -39,16 +31,13 @@ bool channels_last(const Shape& shape, const Strides& input, const Strides& outp
 }
 
 template <typename T>
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % (kVectorChannels<T> * sizeof(T)) == 0;
+bool aligned(const void* data) {
+  return is_aligned(data, kVectorChannels<T> * sizeof(T));
 }
 
-// Every pixel's channels start on a vector's boundary. Strides of dimensions of one element are never used.
 template <typename T>
 bool vectors_fit(const void* data, const Strides& strides, int64_t batch, int64_t height, int64_t width) {
-  constexpr int kVector = kVectorChannels<T>;
-  return aligned<T>(data) && (batch == 1 || strides.n % kVector == 0) && (height <= 1 || strides.h % kVector == 0) &&
-         (width <= 1 || strides.w % kVector == 0);
+  return pixels_aligned(data, strides, batch, height, width, kVectorChannels<T>, kVectorChannels<T> * sizeof(T));
 }
 
 template <typename T>

@@ -1,34 +1,14 @@
 // Launch of the dense convolution without tensor cores.
 #include "atrous_conv2d_plain_cuda.cuh"
 
+#include <algorithm>
+
+#include "atrous_conv2d_launch_cuda.h"
+
 namespace pyseg::atrous {
 namespace {
 
-constexpr int64_t kMostSize = int64_t{1} << 28;  // sums of a few sizes, paddings and dilations fit an int
-constexpr int64_t kMostPixels = int64_t{1} << 30;
-constexpr int64_t kMostTiles = 65535;  // grid y
-
-bool fits(const Shape& s) {
-  for (int64_t size : {s.batch, s.channels, s.height, s.width, s.out_channels, s.out_height, s.out_width, s.dilation_h,
-                       s.dilation_w, s.pad_h < 0 ? -s.pad_h : s.pad_h, s.pad_w < 0 ? -s.pad_w : s.pad_w}) {
-    if (size > kMostSize) return false;
-  }
-  return s.out_height * s.out_width <= kMostPixels && s.batch * s.out_height * s.out_width <= kMostPixels &&
-         s.out_channels <= kMostTiles * kPlainTile;
-}
-
-template <typename T>
-bool aligned(const void* data) {
-  constexpr uintptr_t kBytes = sizeof(T) == 2 ? 8 : kVectorBytes;  // what load_quad reads at once
-  return reinterpret_cast<uintptr_t>(data) % kBytes == 0;
-}
-
-template <typename T>
-bool map_aligned(const void* data, const Strides& strides, int64_t channels, int64_t batch, int64_t height,
-                 int64_t width) {
-  return channels % 4 == 0 && aligned<T>(data) && (batch <= 1 || strides.n % 4 == 0) &&
-         (height <= 1 || strides.h % 4 == 0) && (width <= 1 || strides.w % 4 == 0);
-}
+bool fits(const Shape& s) { return sizes_fit(s) && s.out_channels <= kMostTiles * kPlainTile; }
 
 template <typename T>
 cudaError_t dense_plain(const Forward& f, cudaStream_t stream) {
@@ -54,9 +34,12 @@ cudaError_t dense_plain(const Forward& f, cudaStream_t stream) {
   args.dilation_w = static_cast<int>(s.dilation_w);
   args.pixels = static_cast<int>(s.batch * s.out_height * s.out_width);
   args.relu = f.epilogue.relu;
-  args.input_aligned = map_aligned<T>(f.input, f.input_strides, s.channels, s.batch, s.height, s.width);
-  args.weight_aligned = s.channels % 4 == 0 && aligned<T>(f.weight);
-  args.output_aligned = map_aligned<T>(f.output, f.output_strides, s.out_channels, s.batch, s.out_height, s.out_width);
+  constexpr int kBytes = std::min<int>(4 * sizeof(T), kVectorBytes);  // of one access of load_quad
+  args.input_aligned =
+      s.channels % 4 == 0 && pixels_aligned(f.input, f.input_strides, s.batch, s.height, s.width, 4, kBytes);
+  args.weight_aligned = s.channels % 4 == 0 && is_aligned(f.weight, kBytes);
+  args.output_aligned = s.out_channels % 4 == 0 &&
+                        pixels_aligned(f.output, f.output_strides, s.batch, s.out_height, s.out_width, 4, kBytes);
 
   const dim3 grid(static_cast<unsigned>((args.pixels + kPlainTile - 1) / kPlainTile),
                   static_cast<unsigned>((s.out_channels + kPlainTile - 1) / kPlainTile));

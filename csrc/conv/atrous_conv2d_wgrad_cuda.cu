@@ -4,39 +4,24 @@
 #include <algorithm>
 #include <iterator>
 
+#include "atrous_conv2d_launch_cuda.h"
+
 namespace pyseg::atrous {
 namespace {
-
-constexpr int64_t kMostSize = int64_t{1} << 28;  // sums of a few sizes, paddings and dilations fit an int
-constexpr int64_t kMostPixels = int64_t{1} << 30;
-constexpr int64_t kMostTiles = 65535;  // grid y
 
 // About one wave of two blocks on each multiprocessor of a large GPU. More would only enlarge the workspace.
 constexpr int64_t kEnoughBlocks = 256;
 constexpr int kLeastSplitPixels = 128;
 
-bool fits(const Shape& s) {
-  for (int64_t size : {s.batch, s.channels, s.height, s.width, s.out_channels, s.out_height, s.out_width, s.dilation_h,
-                       s.dilation_w, s.pad_h < 0 ? -s.pad_h : s.pad_h, s.pad_w < 0 ? -s.pad_w : s.pad_w}) {
-    if (size > kMostSize) return false;
-  }
-  return s.out_height * s.out_width <= kMostPixels && s.batch * s.out_height * s.out_width <= kMostPixels &&
-         s.out_channels <= kMostTiles * kWgradPlainTile;
-}
-
-bool aligned(const void* data, const Strides& strides, const Shape& s, int64_t height, int64_t width, int elements,
-             int bytes) {
-  return reinterpret_cast<uintptr_t>(data) % bytes == 0 && (s.batch <= 1 || strides.n % elements == 0) &&
-         (height <= 1 || strides.h % elements == 0) && (width <= 1 || strides.w % elements == 0);
-}
+bool fits(const Shape& s) { return sizes_fit(s) && s.out_channels <= kMostTiles * kWgradPlainTile; }
 
 // Both maps allow copies of `elements` channels together.
 bool channels_travel(const WeightGradient& w, int elements) {
   const Shape& s = w.shape;
   const int bytes = std::min(elements * element_size(w.dtype), kVectorBytes);
   return s.channels % elements == 0 && s.out_channels % elements == 0 &&
-         aligned(w.input, w.input_strides, s, s.height, s.width, elements, bytes) &&
-         aligned(w.grad_output, w.grad_output_strides, s, s.out_height, s.out_width, elements, bytes);
+         pixels_aligned(w.input, w.input_strides, s.batch, s.height, s.width, elements, bytes) &&
+         pixels_aligned(w.grad_output, w.grad_output_strides, s.batch, s.out_height, s.out_width, elements, bytes);
 }
 
 struct Plan {
