@@ -108,10 +108,7 @@ def check(case, *, dtype=torch.float32, device="cpu", layout="channels_last", we
     input = make(case.input_shape, dtype, device, layout, seed)
     weight = make(case.weight_shape, dtype, device, weight_layout, seed + 1)
     more = vectors(case.c_out, dtype, device, names=epilogue)
-    if packed and case.groups == 1:
-        pack = torch.ops.pyseg._atrous_conv2d_pack(weight)
-    else:
-        pack = None
+    pack = torch.ops.pyseg._atrous_conv2d_pack(weight) if packed and case.groups == 1 else None
     output = atrous_conv2d(input, weight, **more, **case.geometry, relu=relu, exact=exact, packed=pack)
     expected = oracle(input, weight, case, **more, relu=relu)
     assert output.shape == expected.shape
