@@ -116,7 +116,10 @@ class FusedAtrousConv2d(AtrousConv2d):
     @property
     def applies_folded(self) -> bool:
         chain = self._pyseg_chain
-        return chain is not None and super().applies_folded and not has_hooks(self) and not has_hooks(chain.norm)
+        if chain is None or has_hooks(self):
+            return False
+        ready = chain.norm is None or (isinstance(chain.norm, FoldedBatchNorm2d) and not has_hooks(chain.norm))
+        return ready and super().applies_folded
 
     def applies_relu(self) -> bool:
         return (
@@ -140,7 +143,7 @@ class FusedAtrousConv2d(AtrousConv2d):
 
     def _replicate_for_data_parallel(self) -> Self:
         # The chain holds this device's batch norm: on the others the modules work one by one.
-        replica = super()._replicate_for_data_parallel()
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._pyseg_chain = None
         replica._folded = None
         return replica
@@ -181,12 +184,14 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
     _pyseg_chain: Chain | None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._pyseg_chain is not None and self._pyseg_chain.conv.applies_folded:
+        conv = None if self._pyseg_chain is None else self._pyseg_chain.conv
+        # A part of the model may have been restored.
+        if isinstance(conv, FusedAtrousConv2d) and conv.applies_folded:
             return input
         return super().forward(input)
 
     def _replicate_for_data_parallel(self) -> Self:
-        replica = super()._replicate_for_data_parallel()
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._pyseg_chain = None
         return replica
 
@@ -202,13 +207,14 @@ class FoldedReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._pyseg_chain is not None:
-            skip = self._pyseg_chain.conv.applies_relu()
+            conv = self._pyseg_chain.conv
+            skip = isinstance(conv, FusedAtrousConv2d) and conv.applies_relu()
         else:
             # The mark is used up, lest it outlive what the caller does to the tensor next.
-            skip = not torch.compiler.is_compiling() and input.__dict__.pop("_pyseg_rectified", False)
+            skip = not torch.compiler.is_compiling() and vars(input).pop("_pyseg_rectified", False)
         return input if skip else super().forward(input)
 
     def _replicate_for_data_parallel(self) -> Self:
-        replica = super()._replicate_for_data_parallel()
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._pyseg_chain = None
         return replica
