@@ -59,7 +59,8 @@ class Swaps:
     def attach(self, chain: Chain, kind: "type[FusedAtrousConv2d]", exact: bool) -> None:
         """Makes chain.conv a `kind`, and its batch norm and ReLU step aside for it."""
         conv, norm, relu = chain.conv, chain.norm, chain.relu if kind.fuses_relu else None
-        self._swap(conv, kind, _pyseg_chain=chain)
+        own = {"_folded_weight": Cached()} if kind is FoldedConv2d else {}
+        self._swap(conv, kind, _pyseg_chain=chain, **own)
         assert isinstance(conv, FusedAtrousConv2d)
         if "exact" in conv._pyseg_swap.attributes:  # else the user has chosen it for a module of ours
             conv.exact = exact
@@ -154,9 +155,7 @@ class FoldedConv2d(FusedAtrousConv2d):
 
     fuses_relu = False
 
-    def _init_own(self, exact: bool) -> None:
-        super()._init_own(exact)
-        self._folded_weight = Cached()
+    _folded_weight: Cached
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         scale, shift, _ = self._epilogue(weight.dtype)
