@@ -346,6 +346,15 @@ def test_part_then_whole(x):
     assert type(model[0].conv_s1) is nn.Conv2d
 
 
+@pytest.mark.parametrize("name", ["conv_s1", "bn_s1", "relu_s1"])
+def test_restored_part(x, name):
+    model = settle(ConvNormReLU(8, 8))
+    expected = model(x)
+    pyseg.accelerate(model)
+    pyseg.restore(getattr(model, name))
+    assert far(expected, model(x)) <= TOLERANCE
+
+
 # ---- what is folded ----
 
 
