@@ -28,8 +28,8 @@ import summary
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 # By default glibc maps every block above 32 MiB afresh and the kernel clears it page by page, which takes longer than
-# many of the kernels measured. So: never map, never give back. No caches of small blocks
-# either: they keep the scraps beside large aligned blocks, which then never rejoin. One arena: only it can grow so large.
+# many of the kernels measured. So: never map, never give back. No caches of small blocks either: they keep the scraps
+# beside large aligned blocks, which then never rejoin. One arena: the main one, no other can hold blocks that large.
 MALLOC_TUNING = {"mmap_max": 0, "trim_threshold": 1 << 40, "tcache_count": 0, "mxfast": 0, "arena_max": 1}
 PROGRESS, STARTED, RATES, CRASHED = "record", "started", "rates", "process died"
 
