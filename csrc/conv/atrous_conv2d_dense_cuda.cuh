@@ -32,9 +32,9 @@ struct DenseParams {
   int channels, out_channels;
   int height, width, out_height;
   int64_t pad_h, pad_w, dilation_h, dilation_w;
-  int64_t in_n, in_h, in_w;          // input strides; that of c is 1
+  int64_t in_n, in_h, in_w;            // input strides; that of c is 1
   int64_t out_n, out_c, out_h, out_w;  // output strides
-  int64_t tap_offset[9];             // from a pixel's first tap to the others
+  int64_t tap_offset[9];               // from a pixel's first tap to the others
   // Strip s holds the columns cut[s] <= x < cut[s + 1] of all images; its pixels, numbered image by image and row by row,
   // start at number first[s]. Any cut may be empty.
   int cut[4];
@@ -295,10 +295,11 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
   const int warp_channel = warp % Tile::kWarpsAlongChannels * Tile::kWarpChannels;
   // Where this lane's row of the fragments lies in a stage, for the first 32 bytes of it; the second 32 are at ^ 32.
   const int a_offset = swizzled<64>(warp_pixel + lane % 16, lane / 16 * 16);
-  const int b_offset = Tile::kPixels * Tile::kRowBytes +
-                       swizzled<64>(warp_channel + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 16);
+  const int b_offset =
+      Tile::kPixels * Tile::kRowBytes + swizzled<64>(warp_channel + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 16);
   float sum[kPixelFragments][kChannelFragments][4] = {};
-  int copy_slot = Tile::kStages - 1, read_slot = 0, taps_left = __popc(block_taps), channels_left = channel_end - channel_begin;
+  int copy_slot = Tile::kStages - 1, read_slot = 0, taps_left = __popc(block_taps),
+      channels_left = channel_end - channel_begin;
   for (int i = 0; i < iterations; ++i) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // stage i has arrived for all, and all have read stage i - 1, whose slot is filled next
@@ -427,7 +428,8 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int s = 0; s < splits; ++s) sum += p.partial[static_cast<int64_t>(s) * outputs + i];
   const Pixel at = pixel_of(number, p);
   assign(p.output[at.n * p.out_n + channel * p.out_c + at.y * p.out_h + at.x * p.out_w],
-         epilogue(sum, p.bias ? static_cast<float>(p.bias[channel]) : 0, p.scale ? static_cast<float>(p.scale[channel]) : 1,
+         epilogue(sum, p.bias ? static_cast<float>(p.bias[channel]) : 0,
+                  p.scale ? static_cast<float>(p.scale[channel]) : 1,
                   p.shift ? static_cast<float>(p.shift[channel]) : 0, p.relu));
 }
 
