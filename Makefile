@@ -37,7 +37,7 @@ $(READY): pyproject.toml tools/requirements.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing torch and the other requirements into .venv ...'
 	@$(BIN)/python tools/requirements.py $(EXTRAS) >$(VENV)/requirements.txt
-	@$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
+	@$(BIN)/python -m pip install --quiet --quiet -r $(VENV)/requirements.txt
 	@echo '$(CURDIR)' >"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pyseg-dev.pth"
 	@touch $@
 
