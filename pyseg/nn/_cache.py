@@ -59,7 +59,7 @@ def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
         return False
     if tensors[0].is_cuda and (torch.cuda.is_current_stream_capturing() or any(t.is_inference() for t in tensors)):
         return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors)
 
 
 class _Stamp:
@@ -89,7 +89,8 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
 
 def _values(tensor: Tensor) -> Tensor | list[float]:
     count = tensor.numel()
-    if count <= _COMPARED_WHOLE:
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if count <= _COMPARED_WHOLE or extent != count:  # samples need a tensor without gaps
         return tensor.detach().clone()
     # Odd against the usual sizes (powers of two, nine taps), so that the samples do not all see the same tap.
     samples = tensor.detach().as_strided((_SAMPLES,), (count // _SAMPLES - 1,)).tolist()
