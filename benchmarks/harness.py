@@ -52,8 +52,9 @@ class Case:
     params: dict[str, Any]
     baseline: str  # name of the contender that stands for how models run today
     tolerance: float  # largest difference allowed, relative to the largest magnitude expected
-    flops: int  # of the direct method: products and sums with zeros outside the map left out
-    bytes: int  # each input read once, each output written once
+    # (floating point operations of the direct method, those with zeros outside the map left out; bytes, with each input
+    # read once and each output written once)
+    least: Callable[[], tuple[int, int]]
     inference: bool = True
     quick: tuple[int, ...] = ()  # numbers of threads at which the quick run includes this case
     note: str = ""
@@ -109,14 +110,15 @@ def refused(contender: Contender, reason: str) -> dict[str, Any]:
 
 
 def record(case: Case, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    flops, bytes_ = case.least()
     return {
         "name": case.name,
         "groups": list(case.groups),
         "params": case.params,
         "baseline": case.baseline,
         "tolerance": case.tolerance,
-        "flops": case.flops,
-        "bytes": case.bytes,
+        "flops": flops,
+        "bytes": bytes_,
         "note": case.note,
         "entries": entries,
     }

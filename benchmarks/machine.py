@@ -30,7 +30,7 @@ def measure_rates(seconds: float = 0.15) -> dict[str, Any]:
 
 
 def better_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The better rates of two measurements (before and after the cases): a limit that another process hid once counts."""
+    """The better rates of two measurements, before and after the cases: limits that another process may have hidden."""
     return {
         "sgemm_gflops": max(first["sgemm_gflops"], second["sgemm_gflops"]),
         "stream_gbs": {mib: max(rate, second["stream_gbs"][mib]) for mib, rate in first["stream_gbs"].items()},

@@ -36,8 +36,8 @@ def markdown(results: dict[str, Any], picture: str | None = None) -> str:
     parts = [
         "# Benchmark results",
         provenance(results),
-        "Higher ratios are better: how many times faster than the baseline (torch as models run today: eager, NCHW) and "
-        "than the fastest peer of each case. [README.md](README.md) explains every column.",
+        "Higher ratios are better: how many times faster than the baseline (torch as models run today: eager, NCHW) "
+        "and than the fastest peer of each case. [README.md](README.md) explains every column.",
         summary_table(results),
         notes_list(results),
         f"![Speed-ups by family]({picture})" if picture else "",
@@ -124,6 +124,52 @@ def cases_table(results: dict[str, Any], pattern: str = "") -> str:
     return _table(header, rows)
 
 
+def readme_summary(results: dict[str, Any], pattern: str = "") -> str:
+    """The summary's main columns, of the families that `pattern` finds."""
+    return _table(
+        ["family", "threads", "entry", "over baseline", "over fastest peer", "worst case", "scaling from 1 thread"],
+        [
+            [
+                row["group"],
+                str(row["threads"]),
+                row["entry"],
+                _ratio(row["over_baseline"]),
+                _ratio(row["over_fastest_peer"]),
+                _ratio(row["worst_over_fastest_peer"]),
+                _ratio(row["scaling"]),
+            ]
+            for row in results["summary"]
+            if re.search(pattern, row["group"])
+        ],
+    )
+
+
+def readme_cases(results: dict[str, Any], pattern: str = "") -> str:
+    """One row per case that `pattern` finds: baseline, the fastest peer and the fastest entry of ours."""
+    rows = []
+    for case in results["cases"]:
+        if not re.search(pattern, case["name"]):
+            continue
+        timed = {entry["name"]: entry for entry in case["entries"] if entry["status"] == "ok"}
+        ours = min((e for e in timed.values() if e["ours"]), key=lambda entry: entry["median_ms"], default=None)
+        baseline, peer = timed.get(case["baseline"]), timed.get(case["fastest_peer"])
+        rows.append(
+            [
+                case["name"],
+                str(case["threads"]),
+                _milliseconds(baseline["median_ms"]) if baseline else NONE,
+                f"{_milliseconds(peer['median_ms'])} ({peer['name']})" if peer else NONE,
+                f"{_milliseconds(ours['median_ms'])} ({ours['name']})" if ours else "refused",
+                _ratio(ours["over_baseline"]) if ours else NONE,
+                _ratio(ours["over_fastest_peer"]) if ours else NONE,
+            ]
+        )
+    header = [
+        "case", "threads", "baseline, ms", "fastest peer, ms", "pyseg, ms", "over baseline", "over fastest peer"
+    ]  # fmt: skip
+    return _table(header, rows)
+
+
 def notes_list(results: dict[str, Any]) -> str:
     notes = dict.fromkeys(
         [(row["group"], row["note"]) for row in results["summary"] if row["note"]]
@@ -168,7 +214,9 @@ def _threads(threads: int) -> str:
 
 
 def _ratio(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+    if value is None:
+        return NONE
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}x"
 
 
 def _percent(value: float | None) -> str:
@@ -176,7 +224,7 @@ def _percent(value: float | None) -> str:
 
 
 def _milliseconds(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _mebibytes(value: int | None) -> str:

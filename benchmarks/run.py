@@ -1,8 +1,8 @@
 """Measures pyseg beside its peers: python benchmarks/run.py [--full | --filter REGEX] [--threads 1,2].
 
-The cases lie in benchmarks/cases. Each number of threads has a process of its own, pinned to as many cores, in which the
-contenders of a case take turns. Writes JSON, a Markdown table and a plot; benchmarks/results/README.md says what the
-figures mean and how they were made. Exits with 1 where a result of pyseg was refused.
+The cases lie in benchmarks/cases. Each number of threads has a process of its own, pinned to as many cores, in which
+the contenders of a case take turns. Writes JSON, a Markdown table and a plot; benchmarks/results/README.md says what
+the figures mean and how they were made. Exits with 1 where a result of pyseg was refused.
 """
 
 import argparse
@@ -17,18 +17,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import cases
 import harness
 import machine
 import report
 import summary
-import torch
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 # By default glibc maps every block above 32 MiB afresh and the kernel clears it page by page, which takes longer than
-# many of the kernels measured. So: never map, never give back. Without its caches of small blocks glibc finds large
-# freed blocks again (they cut its aligned blocks into pieces that never rejoin); one arena, or threads have none so large.
+# many of the kernels measured. So: never map, never give back. No caches of small blocks either: they keep the scraps
+# beside large aligned blocks, which then never rejoin. One arena: the main one, no other can hold blocks that large.
 MALLOC_TUNING = {"mmap_max": 0, "trim_threshold": 1 << 40, "tcache_count": 0, "mxfast": 0, "arena_max": 1}
 PROGRESS, STARTED, RATES, CRASHED = "record", "started", "rates", "process died"
 
@@ -40,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     plan = select(cases.all_cases(), options)
     if options.list:
-        print("\n".join(f"{case.name}, {count_threads(threads)}" for threads, chosen in plan.items() for case in chosen))
+        print(
+            "\n".join(f"{case.name}, {count_threads(threads)}" for threads, chosen in plan.items() for case in chosen)
+        )
         return 0
     if not any(plan.values()):
         print("no case matches", file=sys.stderr)

@@ -11,7 +11,7 @@ HANDED_TO_TORCH = "torch"  # the path of a plan that leaves the work to torch
 
 
 def complete(record: dict[str, Any], threads: int, rates: dict[str, Any]) -> dict[str, Any]:
-    """The record of a case with ratios: how many times faster than baseline and fastest peer, how far from the limit."""
+    """The record of a case with ratios: times faster than baseline and fastest peer, distance to the limit."""
     timed = {entry["name"]: entry for entry in record["entries"] if entry["status"] == "ok"}
     peers = [entry for entry in timed.values() if not entry["ours"]]
     fastest = min(peers, key=lambda entry: entry["median_ms"], default=None)

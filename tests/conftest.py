@@ -10,11 +10,16 @@ import os
 from pathlib import Path
 
 import devices
+import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
 from fakegpu_worker import FakeGpuChecks, WorkerProcess
 
 collect_ignore = ["fakegpu"]  # has its own runner: make -C tests/fakegpu check
+
+# Interpreted kernels and shared machines are slow at times: no test depends on time.
+hypothesis.settings.register_profile("pyseg", deadline=None)
+hypothesis.settings.load_profile("pyseg")
 
 ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"
 
@@ -67,10 +72,13 @@ def pytest_report_header(config):
 def pytest_generate_tests(metafunc):
     if "device" not in metafunc.fixturenames:
         return
-    if any("device" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
-        return
-    cpu = [] if metafunc.definition.get_closest_marker("cuda_only") else ["cpu"]
-    metafunc.parametrize("device", [*cpu, *cuda_parameters(metafunc.definition, metafunc.config)])
+    parameters = cuda_parameters(metafunc.definition, metafunc.config)
+    if metafunc.definition.get_closest_marker("cuda_only") is None:
+        parameters.insert(0, "cpu")
+    elif not parameters:
+        reason = "cuda: not meant for the capabilities of --cuda-sm"
+        parameters.append(pytest.param("cuda", marks=pytest.mark.skip(reason=reason)))
+    metafunc.parametrize("device", parameters)
 
 
 def cuda_parameters(definition, config):
@@ -110,10 +118,8 @@ def pytest_collection_modifyitems(items):
 
 def capability(item):
     """The capability whose child runs the item, or None for an item of this process."""
-    if item.get_closest_marker("cuda") is None or item.get_closest_marker("skip") is not None:
-        return None
     run = item.get_closest_marker("fakegpu_run")
-    return run.kwargs["sm"] if run else devices.DEFAULT_SMS[0]
+    return run.kwargs["sm"] if run is not None and item.get_closest_marker("skip") is None else None
 
 
 class FakeGpuRunner:

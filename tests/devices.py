@@ -6,12 +6,11 @@ A test takes the argument `device` and is run once with "cpu" and once with "cud
         x = torch.randn(3, 5, device=device)
         torch.testing.assert_close(pyseg_relu(x), x.clamp_min(0))
 
-`device` combines with parametrize, fixtures and Hypothesis. Where it has to be a parameter of something else, use
-`@pytest.mark.parametrize("device", DEVICES)`. On a machine with a GPU the `cuda` half uses it. Elsewhere it runs in a
-child process under tests/fakegpu, which interprets the kernels of pyseg._C_cuda and checks every access; a violation
-fails the test that caused it. aten operators on CUDA tensors work there too (on the CPU, slowly: keep shapes small,
-and make large inputs on the CPU). There are two devices, cuda:0 and cuda:1. PYSEG_FAKEGPU=1 takes the fake GPU on a
-machine with a real one too. Where neither is possible the `cuda` half is skipped with the reason.
+`device` combines with parametrize, fixtures and Hypothesis. On a machine with a GPU the `cuda` half uses it. Elsewhere
+it runs in a child process under tests/fakegpu, which interprets the kernels of pyseg._C_cuda and checks every access;
+a violation fails the test that caused it. aten operators on CUDA tensors work there too (on the CPU, slowly: keep
+shapes small, and make large inputs on the CPU). There are two devices, cuda:0 and cuda:1. PYSEG_FAKEGPU=1 takes the
+fake GPU on a machine with a real one too. Where neither is possible the `cuda` half is skipped with the reason.
 
     pytest tests/conv -k cuda                        the CUDA half of a folder
     pytest --cuda-sm=75,80,90 --cuda-orders=forward,reverse,random      every variant, as `make check-cuda` does
@@ -36,9 +35,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 DEFAULT_SMS = (80, 90)
 ORDERS = ("forward", "reverse", "random")
 

@@ -1,6 +1,6 @@
 """The child process that runs `cuda` tests on the fake GPU, and the parent's end of the two pipes to it.
 
-Both sides speak JSON lines. The parent sends {"nodeid", "next", "order"} for a test and gets {"report": ...} for each
+Both sides speak JSON lines. The parent sends {"nodeid", "next"} for a test and gets {"report": ...} for each
 phase, then {"done": true}. At the start the child collects the same files and says {"ready": true}.
 
 The child keeps going after a violation, so that it can be charged to its test. Something that fakegpu does not
@@ -63,13 +63,11 @@ class WorkerProcess:
 
     def run(self, item: pytest.Item, following: str | None):
         """Yields the reports of one test."""
-        run = item.get_closest_marker("fakegpu_run")
-        order = run.kwargs["order"] if run else "forward"
         said_before = len(_read(self._log))
         try:
             if not self._ready:
                 self._ready = self._receive()["ready"]
-            self._requests.write(json.dumps({"nodeid": item.nodeid, "next": following, "order": order}) + "\n")
+            self._requests.write(json.dumps({"nodeid": item.nodeid, "next": following}) + "\n")
             self._requests.flush()
             while "report" in (message := self._receive()):
                 data = message["report"]

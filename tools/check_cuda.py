@@ -65,7 +65,7 @@ class Job:
         lines = [line for line in done.stdout.strip().splitlines() if not line.startswith("make")]
         print(f"{self.name}: {lines[-1].strip('= ') if lines else ''} ({time.monotonic() - start:.0f} s)", flush=True)
         if not good:
-            print(done.stdout[-20000:], flush=True)
+            print(f"{'-' * 40} the end of its output\n{done.stdout[-8000:]}{'-' * 40}", flush=True)
         return [] if good else [f"{self.name} failed"]
 
 
@@ -81,7 +81,7 @@ def run_everything(folder: Path, self_tests: bool, pytest_arguments: list[str]) 
             "FAKEGPU_REPORT_FILE": str(folder / f"report_{sm}.jsonl"),
             "PYSEG_BUDGET_FILE": str(folder / f"budget_{sm}.jsonl"),
         }
-        options = f"-q -m cuda --cuda-sm={sm} --cuda-orders=forward,reverse,random -p no:cacheprovider".split()
+        options = f"-q -m cuda --tb=short --cuda-sm={sm} --cuda-orders=forward,reverse,random -p no:cacheprovider".split()
         command = [sys.executable, "-m", "pytest", *options, *(pytest_arguments or ["tests"])]
         # 5: no test is meant for this capability
         jobs.append(Job(f"operator tests on sm_{sm}", command, settings, ok_statuses=(0, 5)))

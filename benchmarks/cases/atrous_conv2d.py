@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from harness import Case, Contender, Prepared, Workload
 from peers import channels_last, compiled_for_inference
-from torch import Tensor, nn
 
 BASELINE = "torch NCHW"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3}  # 4e-3: one rounding of the result to 8 bits
@@ -182,8 +183,7 @@ def _forward(shape: Shape, family: str, details: list[str]) -> Case:
         params=_params(shape),
         baseline=BASELINE,
         tolerance=TOLERANCE[shape.dtype],
-        flops=shape.flops,
-        bytes=bytes_in + shape.weight_bytes + bytes_out,
+        least=lambda: (shape.flops, bytes_in + shape.weight_bytes + bytes_out),
         quick=quick,
     )
 
@@ -213,9 +213,7 @@ def _forward_peers(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> lis
     else:
         peers += [
             Contender("cast to float32 and back, NCHW", lambda: cast(x, weight)),
-            Contender(
-                "cast to float32 and back, channels_last", lambda: cast(channels_last(x), channels_last(weight))
-            ),
+            Contender("cast to float32 and back, channels_last", lambda: cast(channels_last(x), channels_last(weight))),
         ]
     return peers + [
         Contender("torch.compile NCHW", lambda: compiled(x)),
@@ -295,9 +293,8 @@ def _training(shape: Shape, family: str, details: list[str]) -> Case | None:
         params=_params(shape),
         baseline=BASELINE,
         tolerance=TOLERANCE[shape.dtype],
-        flops=3 * shape.flops,
         # Forward x, weight, y; backward x, weight, the gradient of y, and the two results.
-        bytes=3 * bytes_in + 3 * shape.weight_bytes + 2 * bytes_out,
+        least=lambda: (3 * shape.flops, 3 * bytes_in + 3 * shape.weight_bytes + 2 * bytes_out),
         inference=False,
         quick=QUICK_TRAINING.get(_key(shape), ()),
     )

@@ -111,9 +111,8 @@ Map<T> map_of(const Tensor& t) {
 
 template <typename T, typename U>
 DepthwiseMap<T> depthwise_map(const Tensor& t, bool channels_last) {
-  // The kernels tell the layouts apart by the channel's stride.
   if (channels_last) return {data<U>(t), t.stride(0), 1, t.stride(2), t.stride(3)};
-  return {data<U>(t), t.stride(0), t.size(1) == 1 ? 0 : t.stride(1), t.stride(2), 1};
+  return {data<U>(t), t.stride(0), t.stride(1), t.stride(2), 1};
 }
 
 ConvGeometry geometry(const Tensor& input, const Ints& out, const Ints& padding, const Ints& dilation) {
@@ -301,6 +300,7 @@ void run_depthwise(const ConvGeometry& g, const Tensor& input, const std::vector
   const Tensor x = channels_last ? as_channels_last<T>(input) : as_contiguous_map(input);
   const Tensor y = direct_out ? out : new_map(out, sizes_of(out), false);
   DepthwiseArgs<T> args{.g = g,
+                        .channels_last = channels_last,
                         .x = depthwise_map<const T, T>(x, channels_last),
                         .y = depthwise_map<T, T>(y, channels_last),
                         .weight = weight.data(),
@@ -320,6 +320,7 @@ void run_depthwise_weight_grad(const ConvGeometry& g, const Tensor& input, const
   const Tensor x = last ? as_channels_last<T>(input) : as_contiguous_map(input);
   const Tensor dy = last ? as_channels_last<T>(grad) : as_contiguous_map(grad);
   const DepthwiseWeightGradArgs<T> args{.g = g,
+                                        .channels_last = last,
                                         .x = depthwise_map<const T, T>(x, last),
                                         .grad = depthwise_map<const T, T>(dy, last),
                                         .grad_weight = data<T>(grad_weight)};
@@ -382,9 +383,9 @@ void run_wide(const Forward& f, const Tensor& out) {
 // The same for every dtype: 16-bit ones by way of float32.
 void run_any(const Forward& f, Tensor& out) {
   if (!is_16_bit(f.input)) return run_wide(f, out);
-  const Forward wide{widened(f.input),  widened(f.weight), widened(f.bias), widened(f.scale), widened(f.shift),
-                     f.padding,         f.dilation,        f.groups,        f.relu,           f.exact,
-                     widened(f.packed)};
+  const Forward wide{widened(f.input), widened(f.weight), widened(f.bias),  widened(f.scale),
+                     widened(f.shift), f.padding,         f.dilation,       f.groups,
+                     f.relu,           f.exact,           widened(f.packed)};
   Tensor y = new_map(wide.input, sizes_of(out), is_channels_last(out));
   run_wide(wide, y);
   torch::stable::copy_(out, y);
@@ -409,8 +410,8 @@ void atrous_conv2d_out(Tensor input, Tensor weight, OptTensor bias, OptTensor sc
 
 template <typename T>
 void run_backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Ints& padding,
-                  const Ints& dilation, int64_t groups, bool exact, const Tensor& grad_input,
-                  const Tensor& grad_weight, bool channels_last) {
+                  const Ints& dilation, int64_t groups, bool exact, const Tensor& grad_input, const Tensor& grad_weight,
+                  bool channels_last) {
   const ConvGeometry g = geometry(input, sizes_of(grad), padding, dilation);
   if (grad_input.numel() > 0) {
     const Ints adjoint_padding{2 * dilation[0] - padding[0], 2 * dilation[1] - padding[1]};

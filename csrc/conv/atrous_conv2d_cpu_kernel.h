@@ -62,7 +62,7 @@ struct DenseWeightGradArgs {
 };
 
 // Maps of a depthwise convolution in either layout: element (n, c, y, x) at
-// data[n * image + c * channel + y * row + x * pixel]; channel or pixel is 1.
+// data[n * image + c * channel + y * row + x * pixel]; channel (channels_last) or pixel (NCHW) is 1.
 template <typename T>
 struct DepthwiseMap {
   T* data;
@@ -72,6 +72,7 @@ struct DepthwiseMap {
 template <typename T>
 struct DepthwiseArgs {
   ConvGeometry g;
+  bool channels_last;
   DepthwiseMap<const T> x;
   DepthwiseMap<T> y;
   const T* weight;  // [C, 9], already times the scale
@@ -82,6 +83,7 @@ struct DepthwiseArgs {
 template <typename T>
 struct DepthwiseWeightGradArgs {
   ConvGeometry g;
+  bool channels_last;
   DepthwiseMap<const T> x;
   DepthwiseMap<const T> grad;
   T* grad_weight;  // [C, 9]

@@ -84,7 +84,8 @@ Shape check_shape(const char* op, const Tensor& input, const Tensor& weight, con
                 .dilation_h = dilation[0],
                 .dilation_w = dilation[1]};
   PYSEG_CHECK(s.out_height >= 0 && s.out_width >= 0, op, ": output size would be [", s.out_height, ", ", s.out_width,
-              "]: input [", s.height, ", ", s.width, "] is too small for dilation ", dilation, " and padding ", padding);
+              "]: input [", s.height, ", ", s.width, "] is too small for dilation ", dilation, " and padding ",
+              padding);
   // Kernels count channels, and the pixels of one map, in 32 bits, tiles at the end included.
   for (int64_t size : {s.channels, s.out_channels, s.height * s.width, s.out_height * s.out_width}) {
     PYSEG_CHECK(size < INT32_MAX - 1024, op, ": channels and pixels of a map must be below 2^31 - 1024, got ", size);
@@ -103,9 +104,7 @@ class Launches {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t stream() const { return stream_; }
-  void check(cudaError_t error) const {
-    PYSEG_CHECK(error == cudaSuccess, op_, ": CUDA: ", cudaGetErrorString(error));
-  }
+  void check(cudaError_t error) const { PYSEG_CHECK(error == cudaSuccess, op_, ": CUDA: ", cudaGetErrorString(error)); }
 
  private:
   const char* op_;
@@ -210,7 +209,8 @@ void run_depthwise(const Launches& launches, const Shape& shape, DType dtype, co
   const bool channels_last = out.stride(1) == 1 && out.size(1) > 1;
   const bool rows = !channels_last && row_strides_of(out).w == 1;
   // An output that is neither gets its values by a copy.
-  const Tensor y = channels_last || rows ? out : new_map(out, out.size(0), out.size(1), out.size(2), out.size(3), false);
+  const Tensor y =
+      channels_last || rows ? out : new_map(out, out.size(0), out.size(1), out.size(2), out.size(3), false);
   const Tensor x = channels_last ? as_channels_last(launches, input, dtype) : as_rows(launches, input, dtype);
   const Forward args{.shape = shape,
                      .dtype = dtype,
@@ -333,8 +333,8 @@ std::tuple<Tensor, Tensor> atrous_conv2d_backward(Tensor grad_output, Tensor inp
     }
   }
 
-  Tensor grad_weight = need_weight ? torch::stable::new_empty(weight, weight.sizes())
-                                   : torch::stable::new_empty(weight, {0});
+  Tensor grad_weight =
+      need_weight ? torch::stable::new_empty(weight, weight.sizes()) : torch::stable::new_empty(weight, {0});
   if (grad_weight.numel() > 0) {
     const bool last = dense || channels_last;
     const Tensor x = last ? as_channels_last(launches, input, dtype) : as_rows(launches, input, dtype);

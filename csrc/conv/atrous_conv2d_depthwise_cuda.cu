@@ -1,30 +1,25 @@
 // Launches of the depthwise kernels: which layout, vectors or single elements, how the work is dealt out.
 #include "atrous_conv2d_depthwise_cuda.cuh"
 #include "atrous_conv2d_depthwise_rows_cuda.cuh"
+#include "atrous_conv2d_launch_cuda.h"
 
 namespace pyseg::atrous {
 namespace {
 
-constexpr int64_t kMostSize = int64_t{1} << 28;  // sums of a few sizes, paddings and dilations fit an int
-constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
-
-// Columns of one thread. Four read 1.5 columns for each that they write; eight 16-bit channels have registers for two.
-template <typename T, int kSize>
-constexpr int kForwardColumns = kSize == 8 ? 2 : 4;
+// Channels and columns of one thread, chosen for 16 warps on a multiprocessor (128 registers). Eight 16-bit channels would
+// halve the warps for the same number of bytes under way. Four columns read 1.5 for each one written.
+template <typename T>
+constexpr int kVectorChannels = sizeof(T) == 8 ? 2 : 4;
+template <typename T>
+constexpr int kForwardColumns = sizeof(T) == 8 ? 2 : 4;
 constexpr int kGradientColumns = 2;
 constexpr int kGradientSteps = 8;
 
 constexpr int kLongestWalk = 32, kShortestWalk = 4;
-constexpr int64_t kEnoughThreads = 1 << 16;  // walks are halved below it: more threads, more rows read twice
-constexpr int kEnoughBlocks = 1024;          // the same for the weight gradient's splits
+constexpr int64_t kEnoughThreads = 1 << 15;  // walks are halved below it: more threads, more rows read twice
+constexpr int kEnoughBlocks = 256;           // the same for the weight gradient's splits
 
-bool fits(const Shape& s) {
-  for (int64_t size : {s.batch, s.channels, s.height, s.width, s.out_height, s.out_width, s.dilation_h, s.dilation_w,
-                       s.pad_h < 0 ? -s.pad_h : s.pad_h, s.pad_w < 0 ? -s.pad_w : s.pad_w}) {
-    if (size > kMostSize) return false;
-  }
-  return s.channels * s.out_width < kMostBlocks;
-}
+bool fits(const Shape& s) { return sizes_fit(s) && s.channels * s.out_width < kMostBlocks; }
 
 bool has_output(const Shape& s) { return s.batch > 0 && s.channels > 0 && s.out_height > 0 && s.out_width > 0; }
 
@@ -35,12 +30,14 @@ bool channels_last(const Shape& shape, const Strides& input, const Strides& outp
   return (shape.width > 1 && input.w != 1) || (shape.out_width > 1 && output.w != 1);
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
+template <typename T>
+bool aligned(const void* data) {
+  return is_aligned(data, kVectorChannels<T> * sizeof(T));
+}
 
-// Every pixel's channels start on a vector's boundary. Strides of dimensions of one element are never used.
-bool vectors_fit(const void* data, const Strides& strides, int64_t batch, int64_t height, int64_t width, int vector) {
-  return aligned(data) && (batch == 1 || strides.n % vector == 0) && (height <= 1 || strides.h % vector == 0) &&
-         (width <= 1 || strides.w % vector == 0);
+template <typename T>
+bool vectors_fit(const void* data, const Strides& strides, int64_t batch, int64_t height, int64_t width) {
+  return pixels_aligned(data, strides, batch, height, width, kVectorChannels<T>, kVectorChannels<T> * sizeof(T));
 }
 
 template <typename T>
@@ -78,26 +75,24 @@ int64_t tile_blocks(const DepthwiseTiles& tiles) {
 
 template <typename T, int kSize>
 cudaError_t forward_channels_last(const DepthwiseArgs<T>& args, cudaStream_t stream) {
-  constexpr int kColumns = kForwardColumns<T, kSize>;
   const int vectors = args.channels / kSize;
   int steps = kLongestWalk;
-  DepthwiseWalks walks = make_walks(args, kColumns, steps);
+  DepthwiseWalks walks = make_walks(args, kForwardColumns<T>, steps);
   while (steps > kShortestWalk &&
          int64_t{vectors} * walks.column_groups * walks.row_walks * args.batch < kEnoughThreads) {
-    walks = make_walks(args, kColumns, steps /= 2);
+    walks = make_walks(args, kForwardColumns<T>, steps /= 2);
   }
-  const int64_t blocks_per_walk =
-      (int64_t{vectors} * walks.column_groups + kDepthwiseThreads - 1) / kDepthwiseThreads;
+  const int64_t blocks_per_walk = (int64_t{vectors} * walks.column_groups + kDepthwiseThreads - 1) / kDepthwiseThreads;
   const int64_t blocks = blocks_per_walk * walks.row_walks * args.batch;
   if (blocks > kMostBlocks) return cudaErrorInvalidValue;
-  atrous_depthwise_channels_last<T, kSize, kColumns>
+  atrous_conv2d_depthwise_channels_last<T, kSize, kForwardColumns<T>>
       <<<static_cast<unsigned>(blocks), kDepthwiseThreads, 0, stream>>>(args, walks, static_cast<int>(blocks_per_walk));
   return cudaGetLastError();
 }
 
 template <typename T>
 cudaError_t forward(const Forward& f, bool flip, cudaStream_t stream) {
-  constexpr int kVector = kVectorBytes / sizeof(T);
+  constexpr int kVector = kVectorChannels<T>;
   const Shape& s = f.shape;
   DepthwiseArgs<T> args = make_args<T>(s, f.input, f.input_strides, f.output, f.output_strides);
   args.weight = static_cast<const T*>(f.weight);
@@ -110,13 +105,13 @@ cudaError_t forward(const Forward& f, bool flip, cudaStream_t stream) {
     const DepthwiseTiles tiles = make_tiles(args);
     const int64_t blocks = tile_blocks(tiles) * s.batch * s.channels;
     if (blocks > kMostBlocks) return cudaErrorInvalidValue;
-    atrous_depthwise_rows<T><<<static_cast<unsigned>(blocks), kRowsThreads, 0, stream>>>(args, tiles);
+    atrous_conv2d_depthwise_rows<T><<<static_cast<unsigned>(blocks), kRowsThreads, 0, stream>>>(args, tiles);
     return cudaGetLastError();
   }
-  const bool vectors = s.channels % kVector == 0 && aligned(args.weight) && aligned(args.bias) && aligned(args.scale) &&
-                       aligned(args.shift) &&
-                       vectors_fit(f.input, f.input_strides, s.batch, s.height, s.width, kVector) &&
-                       vectors_fit(f.output, f.output_strides, s.batch, s.out_height, s.out_width, kVector);
+  const bool vectors = s.channels % kVector == 0 && aligned<T>(args.weight) && aligned<T>(args.bias) &&
+                       aligned<T>(args.scale) && aligned<T>(args.shift) &&
+                       vectors_fit<T>(f.input, f.input_strides, s.batch, s.height, s.width) &&
+                       vectors_fit<T>(f.output, f.output_strides, s.batch, s.out_height, s.out_width);
   return vectors ? forward_channels_last<T, kVector>(args, stream) : forward_channels_last<T, 1>(args, stream);
 }
 
@@ -136,17 +131,18 @@ DepthwiseGradientGrid gradient_grid(const DepthwiseArgs<T>& args, const Depthwis
 
 template <typename T>
 bool gradient_in_vectors(const WeightGradient& w) {
-  constexpr int kVector = kVectorBytes / sizeof(T);
+  constexpr int kVector = kVectorChannels<T>;
   const Shape& s = w.shape;
-  return s.channels % kVector == 0 && vectors_fit(w.input, w.input_strides, s.batch, s.height, s.width, kVector) &&
-         vectors_fit(w.grad_output, w.grad_output_strides, s.batch, s.out_height, s.out_width, kVector);
+  return s.channels % kVector == 0 && vectors_fit<T>(w.input, w.input_strides, s.batch, s.height, s.width) &&
+         vectors_fit<T>(w.grad_output, w.grad_output_strides, s.batch, s.out_height, s.out_width);
 }
 
 template <typename T>
 int64_t gradient_splits(const WeightGradient& w) {
   const DepthwiseArgs<T> args = make_args<T>(w.shape, w.input, w.input_strides, w.grad_output, w.grad_output_strides);
-  if (!channels_last(w.shape, w.input_strides, w.grad_output_strides)) return tile_blocks(make_tiles(args)) * args.batch;
-  const int vector = gradient_in_vectors<T>(w) ? kVectorBytes / sizeof(T) : 1;
+  if (!channels_last(w.shape, w.input_strides, w.grad_output_strides))
+    return tile_blocks(make_tiles(args)) * args.batch;
+  const int vector = gradient_in_vectors<T>(w) ? kVectorChannels<T> : 1;
   return gradient_grid(args, make_walks(args, kGradientColumns, kGradientSteps), args.channels / vector).splits;
 }
 
@@ -156,7 +152,7 @@ void gradient_channels_last(const DepthwiseArgs<T>& args, cudaStream_t stream) {
   const int vectors = args.channels / kSize;
   const DepthwiseGradientGrid grid = gradient_grid(args, walks, vectors);
   const dim3 blocks(ceil_div(vectors, 1 << grid.lanes_log2), grid.splits);
-  atrous_depthwise_weight_gradient_channels_last<T, kSize, kGradientColumns>
+  atrous_conv2d_depthwise_weight_gradient_channels_last<T, kSize, kGradientColumns>
       <<<blocks, kDepthwiseThreads, 0, stream>>>(args, walks, grid);
 }
 
@@ -168,10 +164,10 @@ cudaError_t weight_gradient(const WeightGradient& w, cudaStream_t stream) {
   if (!channels_last(w.shape, w.input_strides, w.grad_output_strides)) {
     const int64_t blocks = splits * args.channels;
     if (blocks > kMostBlocks) return cudaErrorInvalidValue;
-    atrous_depthwise_weight_gradient_rows<T>
+    atrous_conv2d_depthwise_weight_gradient_rows<T>
         <<<static_cast<unsigned>(blocks), kRowsThreads, 0, stream>>>(args, make_tiles(args));
   } else if (gradient_in_vectors<T>(w)) {
-    gradient_channels_last<T, kVectorBytes / sizeof(T)>(args, stream);
+    gradient_channels_last<T, kVectorChannels<T>>(args, stream);
   } else {
     gradient_channels_last<T, 1>(args, stream);
   }
@@ -179,7 +175,7 @@ cudaError_t weight_gradient(const WeightGradient& w, cudaStream_t stream) {
 
   const int64_t count = int64_t{args.channels} * kTaps;
   const dim3 threads(kReduceElements, kReduceSlices);
-  atrous_depthwise_weight_gradient_reduce<T>
+  atrous_conv2d_depthwise_weight_gradient_reduce<T>
       <<<static_cast<unsigned>((count + kReduceElements - 1) / kReduceElements), threads, 0, stream>>>(
           args.partial, static_cast<T*>(w.grad_weight), static_cast<int>(splits), count);
   return cudaGetLastError();

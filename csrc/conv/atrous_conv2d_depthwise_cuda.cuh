@@ -2,11 +2,11 @@
 //   y[n, oy, ox, c] = epilogue(sum over ky, kx of w[c, ky, kx] * x[n, oy - pad_h + ky * dh, ox - pad_w + kx * dw, c])
 //
 // Memory-bound: at the least, the input is read and the output written once. Output rows oy, oy + dh, oy + 2 dh, ... of
-// one phase share input rows, and so do columns ox, ox + dw, .... A thread owns one 16-byte vector of channels and
-// kColumns columns of one column phase, and walks `steps` rows down one row phase: each input row is loaded once (at
-// kColumns + 2 columns, not 3 * kColumns) and goes into the three output rows in progress, which stay in registers.
-// Neighbouring lanes hold neighbouring channels, so accesses coalesce whatever the dilation. No shared memory, no
-// intermediates. The rows layout (NCHW) is in atrous_conv2d_depthwise_rows_cuda.cuh.
+// one phase share input rows, and so do columns ox, ox + dw, .... A thread owns one vector of channels (8 or 16
+// bytes) and kColumns columns of one column phase, and walks `steps` rows down one row phase: each input row is loaded
+// once (at kColumns + 2 columns, not 3 * kColumns) and goes into the three output rows in progress, in registers.
+// Neighbouring lanes hold neighbouring channels, so accesses coalesce whatever the dilation. Shared memory is for weights only, no
+// intermediates in memory. The rows layout (NCHW) is in atrous_conv2d_depthwise_rows_cuda.cuh.
 // Deterministic: no atomics; the weight gradient writes one partial sum per block and adds them in a fixed order.
 #pragma once
 
@@ -96,34 +96,46 @@ struct DepthwiseRow {
 // Grid: (vectors of channels, then column groups: flattened over the block; row walks; images), all in x.
 template <typename T, int kSize, int kColumns>
 __global__ void __launch_bounds__(kDepthwiseThreads)
-    atrous_depthwise_channels_last(DepthwiseArgs<T> args, DepthwiseWalks walks, int blocks_per_walk) {
+    atrous_conv2d_depthwise_channels_last(DepthwiseArgs<T> args, DepthwiseWalks walks, int blocks_per_walk) {
   using Acc = Accumulator<T>;
   const int vectors = args.channels / kSize;
 
   // 1. Where this thread works.
   const int block_walk = blockIdx.x / blocks_per_walk;
-  const int item = (blockIdx.x - block_walk * blocks_per_walk) * kDepthwiseThreads + threadIdx.x;
+  const int first_item = (blockIdx.x - block_walk * blocks_per_walk) * kDepthwiseThreads;
+  const int first_vector = first_item % vectors;
+  const int item = first_item + threadIdx.x;
   const int image = block_walk / walks.row_walks;
   const int group = item / vectors;
-  if (group >= walks.column_groups) return;
   const int channel = (item - group * vectors) * kSize;
+
+  // 2. The weights of its channels, by way of shared memory: the block's threads need them one vector after the other
+  // from the first one's on, and again from 0, so that their number is the last one's plus one, or all.
+  __shared__ alignas(kVectorBytes) T shared_weight[kDepthwiseThreads * kSize * kTaps];
+  const int block_vectors = min(vectors, kDepthwiseThreads);
+  for (int i = threadIdx.x; i < block_vectors * kTaps; i += kDepthwiseThreads) {
+    int from = first_vector * kTaps + i;
+    from -= from >= vectors * kTaps ? vectors * kTaps : 0;
+    Vector<T, kSize>::load(args.weight + int64_t{from} * kSize).store(shared_weight + i * kSize);
+  }
+  __syncthreads();
+  if (group >= walks.column_groups) return;
   const DepthwisePlace<kColumns> place(walks, group, block_walk - image * walks.row_walks, args.dilation_h,
                                        args.dilation_w);
   if (place.x >= args.out_width || place.y >= args.out_height) return;
-
-  // 2. Its channels' weights; w[channel + i][tap] lies at i * 9 + tap, so that 9 vectors bring all.
+  Vector<T, kSize> raw_weight[kTaps];  // weight[channel + i][tap] is element i * 9 + tap
+#pragma unroll
+  for (int i = 0; i < kTaps; ++i) {
+    raw_weight[i] = Vector<T, kSize>::load(shared_weight + (threadIdx.x % block_vectors * kTaps + i) * kSize);
+  }
   Acc weight[kSize][kTaps];
-  {
-    Vector<T, kSize> raw[kTaps];
 #pragma unroll
-    for (int i = 0; i < kTaps; ++i) raw[i] = Vector<T, kSize>::load(args.weight + int64_t{channel} * kTaps + i * kSize);
+  for (int i = 0; i < kSize; ++i) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const int forward = i * kTaps + tap, turned = i * kTaps + kTaps - 1 - tap;
-        weight[i][tap] = widen(args.flip ? raw[turned / kSize].at[turned % kSize] : raw[forward / kSize].at[forward % kSize]);
-      }
+    for (int tap = 0; tap < kTaps; ++tap) {
+      const int ahead = i * kTaps + tap, turned = i * kTaps + kTaps - 1 - tap;
+      weight[i][tap] = widen(args.flip ? raw_weight[turned / kSize].at[turned % kSize]
+                                       : raw_weight[ahead / kSize].at[ahead % kSize]);
     }
   }
   const ChannelEpilogue<T, kSize> epilogue(args.bias, args.scale, args.shift, args.relu, channel);
@@ -183,14 +195,13 @@ struct DepthwiseGradientGrid {
 // Grid: (groups of channels, splits).
 template <typename T, int kSize, int kColumns>
 __global__ void __launch_bounds__(kDepthwiseThreads)
-    atrous_depthwise_weight_gradient_channels_last(DepthwiseArgs<T> args, DepthwiseWalks walks,
-                                                   DepthwiseGradientGrid grid) {
+    atrous_conv2d_depthwise_weight_gradient_channels_last(DepthwiseArgs<T> args, DepthwiseWalks walks,
+                                                          DepthwiseGradientGrid grid) {
   using Acc = Accumulator<T>;
   constexpr int kSums = kTaps * kSize;
-  constexpr int kMostLanes = 32;
-  // One row of the table per sum; a row is as many words longer as a worker has lanes, so that the lanes of stage 3,
-  // which read several rows at once, hit different banks.
-  __shared__ Acc table[kSums * (kDepthwiseThreads + kMostLanes)];
+  // One row of the table per sum, one element longer than needed: stage 3 reads columns, from different banks.
+  constexpr int kPitch = kDepthwiseThreads + 1;
+  __shared__ Acc table[kSums * kPitch];
   static_assert(sizeof(table) <= 48 * 1024, "static shared memory ends there");
 
   const int lanes = 1 << grid.lanes_log2;
@@ -247,22 +258,20 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
   }
 
   // 2. All sums into the table: rows in the order of the weights of one vector of channels.
-  const int pitch = kDepthwiseThreads + lanes;
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) table[(i * kTaps + tap) * pitch + threadIdx.x] = sums[tap][i];
+    for (int tap = 0; tap < kTaps; ++tap) table[(i * kTaps + tap) * kPitch + threadIdx.x] = sums[tap][i];
   }
   __syncthreads();
 
-  // 3. The workers' sums are added in order and written.
+  // 3. The workers' sums are added in order and written, in the order of memory.
   for (int item = threadIdx.x; item < kSums * lanes; item += kDepthwiseThreads) {
-    const int sum = item >> grid.lanes_log2, of_lane = item & (lanes - 1);
-    const int of_vector = blockIdx.x * lanes + of_lane;
-    if (of_vector >= vectors) continue;
+    const int of_lane = item / kSums, sum = item - of_lane * kSums;
+    if (blockIdx.x * lanes + of_lane >= vectors) break;
     Acc total = 0;
-    for (int i = 0; i < workers; ++i) total += table[sum * pitch + (i << grid.lanes_log2) + of_lane];
-    args.partial[(int64_t{blockIdx.y} * args.channels + of_vector * kSize) * kTaps + sum] = total;
+    for (int i = 0; i < workers; ++i) total += table[sum * kPitch + (i << grid.lanes_log2) + of_lane];
+    args.partial[(int64_t{blockIdx.y} * vectors + blockIdx.x * lanes) * kSums + item] = total;
   }
 }
 
@@ -272,9 +281,9 @@ constexpr int kReduceSlices = 8;     // threads that share the splits of one wei
 // out[i] = sum over splits of partial[split, i], in a fixed order. Block: (kReduceElements, kReduceSlices).
 template <typename T>
 __global__ void __launch_bounds__(kReduceElements* kReduceSlices)
-    atrous_depthwise_weight_gradient_reduce(const Accumulator<T>* __restrict__ partial,  // [splits, count]
-                                            T* __restrict__ out,                        // [count]
-                                            int splits, int64_t count) {
+    atrous_conv2d_depthwise_weight_gradient_reduce(const Accumulator<T>* __restrict__ partial,  // [splits, count]
+                                                   T* __restrict__ out,                         // [count]
+                                                   int splits, int64_t count) {
   __shared__ Accumulator<T> slices[kReduceSlices][kReduceElements];
   const int64_t i = int64_t{blockIdx.x} * kReduceElements + threadIdx.x;
   Accumulator<T> sum = 0;

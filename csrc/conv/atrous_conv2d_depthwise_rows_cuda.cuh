@@ -31,7 +31,8 @@ struct DepthwiseTiles {
   int segments, segment_columns, segment_vectors;
 };
 
-inline DepthwiseTiles depthwise_tiles(int out_height, int out_width, int dilation_h, int dilation_w, int element_bytes) {
+inline DepthwiseTiles depthwise_tiles(int out_height, int out_width, int dilation_h, int dilation_w,
+                                      int element_bytes) {
   DepthwiseTiles tiles;
   const int vector = kVectorBytes / element_bytes;
   tiles.column_tiles = ceil_div(out_width, kRowsMostColumns);
@@ -113,7 +114,8 @@ struct DepthwiseTile {
           T elements[kVector];
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
-            elements[i] = static_cast<unsigned>(column + i) < static_cast<unsigned>(args.width) ? from[i] : narrow<T>(0);
+            elements[i] =
+                static_cast<unsigned>(column + i) < static_cast<unsigned>(args.width) ? from[i] : narrow<T>(0);
           }
           __builtin_memcpy(&bits, elements, kVectorBytes);
         }
@@ -163,7 +165,8 @@ struct DepthwiseWalk {
 
 // Grid: tiles of a plane fastest, then channels, then images, all in x.
 template <typename T>
-__global__ void __launch_bounds__(kRowsThreads) atrous_depthwise_rows(DepthwiseArgs<T> args, DepthwiseTiles tiles) {
+__global__ void __launch_bounds__(kRowsThreads)
+    atrous_conv2d_depthwise_rows(DepthwiseArgs<T> args, DepthwiseTiles tiles) {
   using Acc = Accumulator<T>;
   __shared__ uint4 shared[kTileVectors];
   __shared__ Acc shared_weight[kTaps];
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kRowsThreads) atrous_depthwise_rows(DepthwiseA
 // partial[image * tiles + tile, c, ky, kx] = sum over the tile's outputs of g * x. Grid as above.
 template <typename T>
 __global__ void __launch_bounds__(kRowsThreads)
-    atrous_depthwise_weight_gradient_rows(DepthwiseArgs<T> args, DepthwiseTiles tiles) {
+    atrous_conv2d_depthwise_weight_gradient_rows(DepthwiseArgs<T> args, DepthwiseTiles tiles) {
   using Acc = Accumulator<T>;
   constexpr int kWarps = kRowsThreads / 32;
   __shared__ uint4 shared[kTileVectors];

@@ -41,10 +41,12 @@ __device__ __forceinline__ T narrow(Accumulator<T> x) {
   }
 }
 
-// kSize elements that travel together: one 16-byte access when they fill one, single accesses otherwise.
+// kSize elements that travel together: one access of 8 or 16 bytes, or a single element.
 template <typename T, int kSize>
 struct Vector {
-  static_assert(kSize == 1 || kSize * sizeof(T) == kVectorBytes, "other sizes have no single access");
+  static constexpr int kBytes = kSize * sizeof(T);
+  static_assert(kSize == 1 || kBytes == 8 || kBytes == kVectorBytes, "other sizes have no single access");
+  using Bits = std::conditional_t<kBytes == kVectorBytes, uint4, uint2>;
   T at[kSize];
 
   static __device__ __forceinline__ Vector load(const T* from) {
@@ -52,8 +54,8 @@ struct Vector {
     if constexpr (kSize == 1) {
       v.at[0] = *from;
     } else {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from);
-      __builtin_memcpy(v.at, &bits, kVectorBytes);
+      const Bits bits = *reinterpret_cast<const Bits*>(from);
+      __builtin_memcpy(v.at, &bits, kBytes);
     }
     return v;
   }
@@ -62,9 +64,9 @@ struct Vector {
     if constexpr (kSize == 1) {
       *to = at[0];
     } else {
-      uint4 bits;
-      __builtin_memcpy(&bits, at, kVectorBytes);
-      *reinterpret_cast<uint4*>(to) = bits;
+      Bits bits;
+      __builtin_memcpy(&bits, at, kBytes);
+      *reinterpret_cast<Bits*>(to) = bits;
     }
   }
 
@@ -104,48 +106,38 @@ struct alignas(kVectorBytes) Quad {
 // elements into 16-byte aligned memory, and `count` too.
 template <typename T>
 __device__ __forceinline__ Quad<Accumulator<T>> load_quad(const T* from, int count, bool aligned) {
-  T elements[4] = {narrow<T>(0), narrow<T>(0), narrow<T>(0), narrow<T>(0)};
+  constexpr int kAtOnce = sizeof(T) == 8 ? 2 : 4;
+  Quad<Accumulator<T>> quad = {};
   if (aligned) {
     if (count > 0) {
-      if constexpr (sizeof(T) == 2) {
-        const uint2 bits = *reinterpret_cast<const uint2*>(from);
-        __builtin_memcpy(elements, &bits, sizeof(bits));
-      } else {
 #pragma unroll
-        for (int i = 0; i < 4; i += kVectorBytes / sizeof(T)) {
-          const uint4 bits = *reinterpret_cast<const uint4*>(from + i);
-          __builtin_memcpy(elements + i, &bits, sizeof(bits));
-        }
+      for (int i = 0; i < 4; i += kAtOnce) {
+        const auto elements = Vector<T, kAtOnce>::load(from + i);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) quad.at[i + j] = widen(elements.at[j]);
       }
     }
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i < count) elements[i] = from[i];
+      if (i < count) quad.at[i] = widen(from[i]);
     }
   }
-  Quad<Accumulator<T>> quad;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) quad.at[i] = widen(elements[i]);
   return quad;
 }
 
 // The counterpart: stores the first `count` of four.
 template <typename T>
 __device__ __forceinline__ void store_quad(T* to, const T (&elements)[4], int count, bool aligned) {
+  constexpr int kAtOnce = sizeof(T) == 8 ? 2 : 4;
   if (aligned) {
     if (count > 0) {
-      if constexpr (sizeof(T) == 2) {
-        uint2 bits;
-        __builtin_memcpy(&bits, elements, sizeof(bits));
-        *reinterpret_cast<uint2*>(to) = bits;
-      } else {
 #pragma unroll
-        for (int i = 0; i < 4; i += kVectorBytes / sizeof(T)) {
-          uint4 bits;
-          __builtin_memcpy(&bits, elements + i, sizeof(bits));
-          *reinterpret_cast<uint4*>(to + i) = bits;
-        }
+      for (int i = 0; i < 4; i += kAtOnce) {
+        Vector<T, kAtOnce> together;
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) together.at[j] = elements[i + j];
+        together.store(to + i);
       }
     }
   } else {

@@ -25,16 +25,11 @@ enum Functional : uint8_t {
   kAt2,     // (w0 + 2 w1 + 4 w2) / 24
   kAtM2,    // (w0 - 2 w1 + 4 w2) / 24
   kAtInf,   // w2
+  kFirst,   // w0
   kCentre,  // w1
   kLow,     // w1 - w0
   kHigh,    // w2 - w1
   kFunctionals
-};
-
-constexpr double kFunctionalTaps[kFunctionals][3] = {
-    {1. / 4, 0, 0},           {-1. / 6, -1. / 6, -1. / 6}, {-1. / 6, 1. / 6, -1. / 6},
-    {1. / 24, 1. / 12, 1. / 6}, {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1},
-    {0, 1, 0},                {-1, 1, 0},                  {0, -1, 1},
 };
 
 // kTaps + mask (1..7) is a tap set; kTaps itself (mask 0) is an output without any tap inside the map.
@@ -46,7 +41,7 @@ constexpr int kMaxOutputs = 4;
 
 struct TileSpec {
   int8_t outputs, inputs, products;
-  int8_t offset[kMaxInputs];               // input i lies at (first output) - padding + offset[i] * dilation
+  int8_t offset[kMaxInputs];  // input i lies at (first output) - padding + offset[i] * dilation
   Functional functional[kMaxProducts];
 };
 
@@ -56,13 +51,13 @@ constexpr TileSpec kTileSpecs[kTileKinds] = {
     {2, 4, 4, {0, 1, 2, 3}, {kAt0, kAt1, kAtM1, kAtInf}},
     {2, 2, 3, {1, 2}, {kCentre, kHigh, kLow}},
     {1, 0, 0, {}, {}},
-    {1, 1, 1, {0}, {kAt0}},
+    {1, 1, 1, {0}, {kFirst}},
     {1, 1, 1, {1}, {kCentre}},
-    {1, 2, 2, {0, 1}, {kAt0, kCentre}},
+    {1, 2, 2, {0, 1}, {kFirst, kCentre}},
     {1, 1, 1, {2}, {kAtInf}},
-    {1, 2, 2, {0, 2}, {kAt0, kAtInf}},
+    {1, 2, 2, {0, 2}, {kFirst, kAtInf}},
     {1, 2, 2, {1, 2}, {kCentre, kAtInf}},
-    {1, 3, 3, {0, 1, 2}, {kAt0, kCentre, kAtInf}},
+    {1, 3, 3, {0, 1, 2}, {kFirst, kCentre, kAtInf}},
 };
 
 // The tiles of one axis: first_output[kind][0..count[kind]); output i of a tile lies at first_output + i * dilation.

@@ -18,7 +18,8 @@ namespace pyseg::atrous {
 constexpr int kPlainTile = 64;
 constexpr int kPlainInner = 16;
 constexpr int kPlainThreads = 256;
-static_assert(kPlainThreads * 4 == kPlainTile * kPlainInner, "a thread copies four channels of a pixel and of a weight");
+static_assert(kPlainThreads * 4 == kPlainTile * kPlainInner,
+              "a thread copies four channels of a pixel and of a weight");
 static_assert(kPlainThreads * 16 == kPlainTile * kPlainTile, "a thread sums 4 x 4 outputs");
 
 template <typename T>
@@ -49,7 +50,7 @@ __device__ __forceinline__ int plain_column(int column, int row) {
 // kRows: the output's pixels are neighbours in memory, not its channels; lanes are dealt accordingly.
 // Grid: (tiles of pixels, tiles of output channels).
 template <typename T, bool kRows>
-__global__ void __launch_bounds__(kPlainThreads) atrous_conv_plain(const __grid_constant__ PlainArgs<T> args) {
+__global__ void __launch_bounds__(kPlainThreads) atrous_conv2d_plain(const __grid_constant__ PlainArgs<T> args) {
   using Acc = Accumulator<T>;
   __shared__ alignas(kVectorBytes) Acc shared[2][2][kPlainInner][kPlainTile];  // [buffer, operand, c, pixel or k]
   static_assert(sizeof(shared) <= 48 * 1024, "static shared memory ends there");
@@ -107,7 +108,8 @@ __global__ void __launch_bounds__(kPlainThreads) atrous_conv_plain(const __grid_
     if (taps) load(__ffs(taps) - 1, c);
 #pragma unroll
     for (int inner = 0; inner < kPlainInner; ++inner) {
-      const Quad<Acc> b = *reinterpret_cast<const Quad<Acc>*>(&shared[buffer][1][inner][plain_column<Acc>(quad_of_k, inner)]);
+      const Quad<Acc> b =
+          *reinterpret_cast<const Quad<Acc>*>(&shared[buffer][1][inner][plain_column<Acc>(quad_of_k, inner)]);
       Quad<Acc> a;
       if constexpr (kRows) {
 #pragma unroll

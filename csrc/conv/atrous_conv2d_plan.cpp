@@ -11,42 +11,57 @@ namespace {
 
 constexpr unsigned kWinogradKinds = 4;  // F4, F3, F2, E2
 
-// Cycles per vector of 8 floats, measured on Zen 3 by fitting the stages of cpu_winograd.h over the benchmark's shapes.
-constexpr double kCyclesPerInput = 4.5;    // of the input transform, per product
-constexpr double kCyclesPerOutput = 4.0;   // of the output transform, per product
-constexpr double kCyclesPerWeight = 3.0;   // of the weight transform, per functional pair
-constexpr double kCyclesPerPanelByte = 1. / 24;  // bringing a functional's weights to the core
+// Cycles on one Zen 3 core (AVX2, float32), fitted to measurements of the stages of cpu_winograd.h and cpu_direct.h.
 constexpr double kProductsPerCycle = 16 * 0.93;  // two fused multiply-adds of 8 lanes
-constexpr double kDirectPerCycle = 16 * 0.91;
+constexpr double kCyclesPerRegisterTile = 40;    // 6 rows of 16 sums: addresses, loading and storing the sums
+constexpr double kCyclesPerTap = 15;             // the same, per tap of the direct path: its six row pointers
+constexpr double kCyclesPerTile = 350;           // a Winograd tile's addresses in both transforms
+constexpr double kCyclesPerValue = 6;            // of a transform, per product and vector of 8 channels
+constexpr double kCyclesPerWeight = 5;           // the weight transform, per functional pair and vector of 8 weights
+constexpr int64_t kDirectStep = 384;             // terms summed before the direct path stores (kReduction there)
+constexpr int64_t kWinogradStep = 256;           // and the Winograd path (kChannelBlock)
 
 struct Cost {
   double cycles;
   int64_t products;
 };
 
+double padded_channels(const DenseShape& s) { return double((s.c_out + 15) / 16 * 16); }
+
 Cost winograd_cost(const DenseShape& s, const AxisPlan& y, const AxisPlan& x) {
   double rows[kFunctionals][kFunctionals] = {};
-  double products = 0;
+  double products = 0, tiles_in_all = 0;
   for (int ky = 0; ky < kTileKinds; ++ky) {
     for (int kx = 0; kx < kTileKinds; ++kx) {
       const double tiles = double(y.first_output[ky].size()) * x.first_output[kx].size();
       const TileSpec &a = kTileSpecs[ky], &b = kTileSpecs[kx];
       products += tiles * a.products * b.products;
+      tiles_in_all += tiles;
       for (int i = 0; i < a.products; ++i)
         for (int j = 0; j < b.products; ++j) rows[a.functional[i]][b.functional[j]] += tiles;
     }
   }
-  const double k = double(s.c_in), n = double((s.c_out + 15) / 16 * 16);
+  const double k = double(s.c_in), n = padded_channels(s);
+  const double steps = std::ceil(k / kWinogradStep);
   double cycles = 0;
   for (auto& line : rows) {
     for (double r : line) {
       if (r == 0) continue;
-      cycles += std::ceil(r * s.n / 6) * 6 * k * n / kProductsPerCycle;
-      cycles += k * n / 8 * kCyclesPerWeight + k * n * 4 * kCyclesPerPanelByte;
+      const double register_tiles = std::ceil(r * s.n / 6) * n / 16;
+      cycles += register_tiles * (6 * 16 * k / kProductsPerCycle + steps * kCyclesPerRegisterTile);
+      cycles += k * n / 8 * kCyclesPerWeight;
     }
   }
-  cycles += products * s.n * (k * kCyclesPerInput + n * kCyclesPerOutput) / 8;
+  cycles += tiles_in_all * s.n * kCyclesPerTile + products * s.n * (k + n) / 8 * kCyclesPerValue;
   return {cycles, int64_t(products)};
+}
+
+double direct_cost(const DenseShape& s, int64_t taps) {
+  const double pixels = double(s.h_out()) * double(s.w_out()) * s.n, k = double(s.c_in);
+  const double steps = std::ceil(k * taps / std::max(1., double(s.h_out()) * s.w_out()) / kDirectStep);
+  const double register_tiles = padded_channels(s) / 16 / 6;
+  return register_tiles * (double(taps) * s.n * (6 * 16 * k / kProductsPerCycle + kCyclesPerTap) +
+                           pixels * steps * kCyclesPerRegisterTile);
 }
 
 int64_t taps_inside(int64_t size, int64_t padding, int64_t dilation) {
@@ -63,8 +78,7 @@ int64_t taps_inside(int64_t size, int64_t padding, int64_t dilation) {
 std::shared_ptr<const DensePlan> make_plan(const DenseShape& s) {
   auto plan = std::make_shared<DensePlan>();
   plan->taps = taps_inside(s.h, s.pad_h, s.dil_h) * taps_inside(s.w, s.pad_w, s.dil_w);
-  const double n16 = double((s.c_out + 15) / 16 * 16);
-  plan->direct_cost = double(plan->taps) * s.n * s.c_in * n16 / kDirectPerCycle;
+  plan->direct_cost = direct_cost(s, plan->taps);
   plan->path = DensePath::kDirect;
   plan->cost = plan->direct_cost;
   plan->products = plan->taps;
@@ -97,7 +111,8 @@ std::shared_ptr<const DensePlan> make_plan(const DenseShape& s) {
     std::snprintf(text, sizeof text, "%lld products instead of %lld taps inside the map, estimated %.2f times faster",
                   (long long)plan->products, (long long)plan->taps, plan->direct_cost / plan->cost);
   } else {
-    std::snprintf(text, sizeof text, "transforms would cost more than the products they save (%lld taps inside the map)",
+    std::snprintf(text, sizeof text,
+                  "transforms would cost more than the products they save (%lld taps inside the map)",
                   (long long)plan->taps);
   }
   plan->reason = text;

@@ -14,7 +14,7 @@ namespace pyseg {
 struct DenseShape {
   int64_t n, c_in, h, w, c_out;
   int64_t pad_h, pad_w, dil_h, dil_w;
-  bool exact;      // no Winograd
+  bool exact;  // no Winograd
 
   int64_t h_out() const { return h + 2 * pad_h - 2 * dil_h; }
   int64_t w_out() const { return w + 2 * pad_w - 2 * dil_w; }

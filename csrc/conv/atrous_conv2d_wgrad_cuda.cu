@@ -4,39 +4,24 @@
 #include <algorithm>
 #include <iterator>
 
+#include "atrous_conv2d_launch_cuda.h"
+
 namespace pyseg::atrous {
 namespace {
-
-constexpr int64_t kMostSize = int64_t{1} << 28;  // sums of a few sizes, paddings and dilations fit an int
-constexpr int64_t kMostPixels = int64_t{1} << 30;
-constexpr int64_t kMostTiles = 65535;  // grid y
 
 // About one wave of two blocks on each multiprocessor of a large GPU. More would only enlarge the workspace.
 constexpr int64_t kEnoughBlocks = 256;
 constexpr int kLeastSplitPixels = 128;
 
-bool fits(const Shape& s) {
-  for (int64_t size : {s.batch, s.channels, s.height, s.width, s.out_channels, s.out_height, s.out_width, s.dilation_h,
-                       s.dilation_w, s.pad_h < 0 ? -s.pad_h : s.pad_h, s.pad_w < 0 ? -s.pad_w : s.pad_w}) {
-    if (size > kMostSize) return false;
-  }
-  return s.out_height * s.out_width <= kMostPixels && s.batch * s.out_height * s.out_width <= kMostPixels &&
-         s.out_channels <= kMostTiles * kWgradPlainTile;
-}
-
-bool aligned(const void* data, const Strides& strides, const Shape& s, int64_t height, int64_t width, int elements,
-             int bytes) {
-  return reinterpret_cast<uintptr_t>(data) % bytes == 0 && (s.batch <= 1 || strides.n % elements == 0) &&
-         (height <= 1 || strides.h % elements == 0) && (width <= 1 || strides.w % elements == 0);
-}
+bool fits(const Shape& s) { return sizes_fit(s) && s.out_channels <= kMostTiles * kWgradPlainTile; }
 
 // Both maps allow copies of `elements` channels together.
 bool channels_travel(const WeightGradient& w, int elements) {
   const Shape& s = w.shape;
   const int bytes = std::min(elements * element_size(w.dtype), kVectorBytes);
   return s.channels % elements == 0 && s.out_channels % elements == 0 &&
-         aligned(w.input, w.input_strides, s, s.height, s.width, elements, bytes) &&
-         aligned(w.grad_output, w.grad_output_strides, s, s.out_height, s.out_width, elements, bytes);
+         pixels_aligned(w.input, w.input_strides, s.batch, s.height, s.width, elements, bytes) &&
+         pixels_aligned(w.grad_output, w.grad_output_strides, s.batch, s.out_height, s.out_width, elements, bytes);
 }
 
 struct Plan {
@@ -83,7 +68,7 @@ Plan make_plan(const WeightGradient& w, bool tensor_cores) {
 template <typename T, int kTile>
 cudaError_t launch_tensor_cores(const WgradArgs<T>& args, dim3 grid, cudaStream_t stream) {
   using Tile = WgradTile<T, kTile>;
-  const auto kernel = atrous_wgrad_tensor_cores<T, kTile>;
+  const auto kernel = atrous_conv2d_wgrad_tensor_cores<T, kTile>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
@@ -122,15 +107,16 @@ cudaError_t weight_gradient(const WeightGradient& w, bool tensor_cores, cudaStre
       }
     }
     if (!plan.tensor_cores) {
-      atrous_wgrad_plain<T><<<grid, kWgradPlainThreads, 0, stream>>>(args);
+      atrous_conv2d_wgrad_plain<T><<<grid, kWgradPlainThreads, 0, stream>>>(args);
       error = cudaGetLastError();
     }
     if (error != cudaSuccess) return error;
   }
   const int64_t count = s.channels * s.out_channels;
   const dim3 threads(kWgradReduceWeights, kWgradTaps);
-  atrous_wgrad_reduce<T><<<static_cast<unsigned>((count + kWgradReduceWeights - 1) / kWgradReduceWeights), threads, 0,
-                           stream>>>(args, static_cast<T*>(w.grad_weight), count);
+  atrous_conv2d_wgrad_reduce<T>
+      <<<static_cast<unsigned>((count + kWgradReduceWeights - 1) / kWgradReduceWeights), threads, 0, stream>>>(
+          args, static_cast<T*>(w.grad_weight), count);
   return cudaGetLastError();
 }
 

@@ -8,8 +8,8 @@
 // Both operands come with the inner dimension slow (pixels) and channels contiguous, and go to shared memory so, 16 bytes
 // a copy; the transposition happens on the way to registers (ldmatrix.trans; for tf32 plain 4-byte loads).
 // At the least each operand is read once per tap and tile of the other; the workspace is written and read once.
-// atrous_wgrad_tensor_cores: mma.sync with half, bfloat16, or float32 rounded to tf32; channels in multiples of 16 bytes.
-// atrous_wgrad_plain: any element type, any number of channels, any device.
+// atrous_conv2d_wgrad_tensor_cores: mma.sync with half, bfloat16, or float32 rounded to tf32; channels in multiples of 16 bytes.
+// atrous_conv2d_wgrad_plain: any element type, any number of channels, any device.
 #pragma once
 
 #include "../common/ptx.cuh"
@@ -145,7 +145,7 @@ struct WgradFragments {
 // Grid: (tiles of C_in, tiles of C_out, splits of all taps).
 template <typename T, int kTile>
 __global__ void __launch_bounds__(WgradTile<T, kTile>::kThreads, 2)
-    atrous_wgrad_tensor_cores(const __grid_constant__ WgradArgs<T> args) {
+    atrous_conv2d_wgrad_tensor_cores(const __grid_constant__ WgradArgs<T> args) {
   using Tile = WgradTile<T, kTile>;
   extern __shared__ uint4 shared_raw[];
   T* const shared = reinterpret_cast<T*>(shared_raw);  // [kWgradStages, 2 operands, kPixels, kPitch]
@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(WgradTile<T, kTile>::kThreads, 2)
     copy(free_stage);
     const T* rows = shared + stage * 2 * Tile::kOperand;
 #pragma unroll
-    for (int k = 0; k < Tile::kPixels; k += WgradFragments<T>::kInner, rows += WgradFragments<T>::kInner * Tile::kPitch) {
+    for (int k = 0; k < Tile::kPixels;
+         k += WgradFragments<T>::kInner, rows += WgradFragments<T>::kInner * Tile::kPitch) {
       uint32_t b[Tile::kWarpN / 16][4];
 #pragma unroll
       for (int j = 0; j < Tile::kWarpN / 16; ++j) {
@@ -240,13 +241,15 @@ __global__ void __launch_bounds__(WgradTile<T, kTile>::kThreads, 2)
 constexpr int kWgradPlainTile = 64;
 constexpr int kWgradPlainPixels = 16;
 constexpr int kWgradPlainThreads = 256;
-static_assert(kWgradPlainThreads * 4 == kWgradPlainTile * kWgradPlainPixels, "a thread copies four channels of a pixel");
+static_assert(kWgradPlainThreads * 4 == kWgradPlainTile * kWgradPlainPixels,
+              "a thread copies four channels of a pixel");
 static_assert(kWgradPlainThreads * 16 == kWgradPlainTile * kWgradPlainTile, "a thread sums 4 x 4 weights");
 
 // Grid as above. A thread sums 4 x 4 weights from two buffers of shared memory; the next pixels' loads are under way
 // during the sums.
 template <typename T>
-__global__ void __launch_bounds__(kWgradPlainThreads) atrous_wgrad_plain(const __grid_constant__ WgradArgs<T> args) {
+__global__ void __launch_bounds__(kWgradPlainThreads)
+    atrous_conv2d_wgrad_plain(const __grid_constant__ WgradArgs<T> args) {
   using Acc = Accumulator<T>;
   __shared__ Quad<Acc> shared[2][2][kWgradPlainPixels][kWgradPlainTile / 4];  // [buffer, operand, pixel, channels]
   static_assert(sizeof(shared) <= 48 * 1024, "static shared memory ends there");
@@ -314,9 +317,9 @@ constexpr int kWgradReduceWeights = 32;
 // out[i, tap] = sum over the tap's splits of partial[split, i], in order. Block: (kWgradReduceWeights, taps).
 template <typename T>
 __global__ void __launch_bounds__(kWgradReduceWeights* kWgradTaps)
-    atrous_wgrad_reduce(const __grid_constant__ WgradArgs<T> args,
-                        T* __restrict__ out,  // [C_out, C_in, 3, 3]
-                        int64_t count) {      // C_out * C_in
+    atrous_conv2d_wgrad_reduce(const __grid_constant__ WgradArgs<T> args,
+                               T* __restrict__ out,  // [C_out, C_in, 3, 3]
+                               int64_t count) {      // C_out * C_in
   __shared__ Accumulator<T> turned[kWgradReduceWeights * kWgradTaps];
   const int64_t first = int64_t{blockIdx.x} * kWgradReduceWeights;
   const int64_t i = first + threadIdx.x;

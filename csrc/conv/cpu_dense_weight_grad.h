@@ -17,8 +17,8 @@ namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
-constexpr int64_t kPanelsPerTask = 4;    // panels of C_out that share a panel of C_in in L1
-constexpr int64_t kDirectPixels = 96;    // pixels of a step of the direct path: its panels stay in L1
+constexpr int64_t kPanelsPerTask = 4;  // panels of C_out that share a panel of C_in in L1
+constexpr int64_t kDirectPixels = 96;  // pixels of a step of the direct path: its panels stay in L1
 constexpr int kBlockElements = kPanel * kPanel;
 
 // Rows first_a.. of panel a times rows first_b.. of panel b.
@@ -28,14 +28,16 @@ struct Segment {
 
 // c[i][j] (+)= sum over the segments' rows of a[row][i] * b[row][j], for ROWS values of i from `i0`.
 template <typename T, int ROWS>
-__attribute__((noinline)) void outer_rows(const Segment* segments, int64_t count, const T* a, const T* b, int i0, bool accumulate, T* c) {
+__attribute__((noinline)) void outer_rows(const Segment* segments, int64_t count, const T* a, const T* b, int i0,
+                                          bool accumulate, T* c) {
   constexpr int kVecs = kPanel / kLanes<T> < 2 ? kPanel / kLanes<T> : 2;
   for (int j = 0; j < kPanel; j += kVecs * kLanes<T>) {
     Vec<T> acc[ROWS][kVecs];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) acc[i][v] = accumulate ? load(c + (i0 + i) * kPanel + j + v * kLanes<T>) : Vec<T>{};
+      for (int v = 0; v < kVecs; ++v)
+        acc[i][v] = accumulate ? load(c + (i0 + i) * kPanel + j + v * kLanes<T>) : Vec<T>{};
     for (int64_t s = 0; s < count; ++s) {
       const T* pa = a + segments[s].a * kPanel + i0;
       const T* pb = b + segments[s].b * kPanel + j;
@@ -68,7 +70,8 @@ inline void outer_block(const Segment* segments, int64_t count, const T* a, cons
 
 // Adds taps[t][i][j] to grad_weight[16 np + j][16 cp + i][t], or writes it.
 template <typename T>
-inline void scatter_taps(const ConvGeometry& g, const T* taps, int64_t cp, int64_t np, bool accumulate, T* grad_weight) {
+inline void scatter_taps(const ConvGeometry& g, const T* taps, int64_t cp, int64_t np, bool accumulate,
+                         T* grad_weight) {
   const int64_t rows = smaller<int64_t>(kPanel, g.c_in - cp * kPanel);
   const int64_t columns = smaller<int64_t>(kPanel, g.c_out - np * kPanel);
   for (int64_t j = 0; j < columns; ++j) {
@@ -237,8 +240,7 @@ class WinogradWeightGrad {
     for_each_part(workers_, block.tiles, [&](int64_t, int64_t first, int64_t last) {
       for_tiles(tg_, block, first, last, [&](int g, int64_t tile) {
         const int ky = tg_.kind_y[g], kx = tg_.kind_x[g];
-        const auto pixels =
-            input_pixels(g_, a_.x, ky, kx, place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), k0, ws_);
+        const auto pixels = input_pixels(g_, a_.x, ky, kx, place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), k0, ws_);
         T* to = x + (tile - block.first[g]) * kPanel;
         const int64_t* at = block.v_at[g];
         transform_tile<Side::kInput, T>(
@@ -252,8 +254,7 @@ class WinogradWeightGrad {
     for_each_part(workers_, block.tiles, [&](int64_t, int64_t first, int64_t last) {
       for_tiles(tg_, block, first, last, [&](int g, int64_t tile) {
         const int ky = tg_.kind_y[g], kx = tg_.kind_x[g];
-        const auto pixels =
-            gradient_pixels(g_, a_.grad, ky, kx, place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), n0);
+        const auto pixels = gradient_pixels(g_, a_.grad, ky, kx, place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), n0);
         T* to = grad + (tile - block.first[g]) * kPanel;
         const int64_t* at = block.m_at[g];
         transform_tile<Side::kGradient, T>(

@@ -16,47 +16,58 @@ namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
-constexpr int64_t kLineSlack = 64;          // elements behind a line that vectors may read
-constexpr int64_t kDepthwiseChannels = 128;  // channels_last: channels that go through the map together
+constexpr int64_t kLineSlack = 64;           // elements behind a line that vectors may read
+constexpr int64_t kDepthwiseChannels = 512;  // channels_last: channels that go through the map together
 constexpr int kRun = 4;                      // channels_last: outputs of a phase that share inputs
 
-// The three padded input rows of an output row, NCHW. Lines are reused while the output walks down a phase.
+// The three padded input rows of an output row, NCHW. Lines are reused while the output walks down a phase. The line of
+// the next output row is filled one row early: unaligned loads of what was stored just before would have to wait for it.
 template <typename T>
 class LineRing {
  public:
-  LineRing(const ConvGeometry& g, T* storage) : g_(g), length_(size(g)), storage_(storage) {
-    for (int64_t i = 0; i < 4 * length_; ++i) storage_[i] = T(0);
+  LineRing(const ConvGeometry& g, T* storage) : g_(g), length_(line_size(g)), storage_(storage) {
+    for (int64_t i = 0; i < size(g); ++i) storage_[i] = T(0);
   }
 
-  static int64_t size(const ConvGeometry& g) { return g.w + 2 * g.pad_w + kLineSlack; }
+  static int64_t size(const ConvGeometry& g) { return (kSlots + 1) * line_size(g); }
 
   // Points line[ky] at the row that tap ky of output row y reads. `restart` begins a phase or a plane.
   void move_to(const T* plane, int64_t row, int64_t y, bool restart, const T** line) {
-    for (int ky = restart ? 0 : 2; ky < 3; ++ky) {
-      const int slot = restart ? ky : next_;
-      next_ = slot == 2 ? 0 : slot + 1;
-      const int64_t from = y - g_.pad_h + ky * g_.dil_h;
-      T* to = storage_ + slot * length_;
-      lines_[slot] = to;
-      if (from < 0 || from >= g_.h) {
-        lines_[slot] = storage_ + 3 * length_;  // stays zero
-        continue;
-      }
-      const T* src = plane + from * row;
-      T* dst = to + g_.pad_w;
-      int64_t x = 0;
-      for (; x + kLanes<T> <= g_.w; x += kLanes<T>) store(dst + x, load(src + x));
-      for (; x < g_.w; ++x) dst[x] = src[x];
+    if (restart) {
+      first_ = 0;
+      for (int ky = 0; ky < 3; ++ky) fill(ky, plane, row, y + ky * g_.dil_h);
+    } else {
+      first_ = (first_ + 1) % kSlots;
     }
-    for (int ky = 0; ky < 3; ++ky) line[ky] = lines_[(next_ + ky) % 3];
+    if (y + g_.dil_h < g_.h_out) fill((first_ + 3) % kSlots, plane, row, y + 3 * g_.dil_h);
+    for (int ky = 0; ky < 3; ++ky) line[ky] = lines_[(first_ + ky) % kSlots];
   }
 
  private:
+  static constexpr int kSlots = 4;
+
+  static int64_t line_size(const ConvGeometry& g) { return g.w + 2 * g.pad_w + kLineSlack; }
+
+  void fill(int slot, const T* plane, int64_t row, int64_t padded_row) {
+    const int64_t from = padded_row - g_.pad_h;
+    if (from < 0 || from >= g_.h) {
+      lines_[slot] = storage_ + kSlots * length_;  // stays zero
+      return;
+    }
+    T* to = storage_ + slot * length_;
+    lines_[slot] = to;
+    const T* src = plane + from * row;
+    T* dst = to + g_.pad_w;
+    int64_t x = 0;
+    for (; x + kLanes<T> <= g_.w; x += kLanes<T>) store(dst + x, load(src + x));
+    for (; x < g_.w; ++x) dst[x] = src[x];
+  }
+
   const ConvGeometry& g_;
   const int64_t length_;
   T* const storage_;
-  const T* lines_[3] = {};
-  int next_ = 0;  // the slot that the next row goes to: the oldest
+  const T* lines_[kSlots] = {};
+  int first_ = 0;  // slot of tap 0's row
 };
 
 // Calls f(y, restart) for every output row, phase by phase.
@@ -67,75 +78,98 @@ inline void for_rows_by_phase(const ConvGeometry& g, const F& f) {
     for (int64_t y = phase; y < g.h_out; y += g.dil_h) f(y, y == phase);
 }
 
+// One output row from three padded lines. The last vector overlaps the one before it where the row is long enough.
+template <typename T, bool RELU>
+__attribute__((noinline)) void depthwise_line(const T* top, const T* middle, const T* bottom, int64_t d,
+                                              const T* weight, T shift, int64_t n, T* to) {
+  Vec<T> w[9];
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) w[t] = broadcast(weight[t]);
+  const Vec<T> start = broadcast(shift);
+  const auto outputs = [&](int64_t x) {
+    Vec<T> a = start + w[0] * load(top + x), b = w[3] * load(middle + x), c = w[6] * load(bottom + x);
+    a += w[1] * load(top + x + d);
+    b += w[4] * load(middle + x + d);
+    c += w[7] * load(bottom + x + d);
+    a += w[2] * load(top + x + 2 * d);
+    b += w[5] * load(middle + x + 2 * d);
+    c += w[8] * load(bottom + x + 2 * d);
+    const Vec<T> sum = a + b + c;
+    return RELU ? relu<T>(sum) : sum;
+  };
+  int64_t x = 0;
+  for (; x + kLanes<T> <= n; x += kLanes<T>) store(to + x, outputs(x));
+  if (x == n) return;
+  if (n >= kLanes<T>) {
+    store(to + n - kLanes<T>, outputs(n - kLanes<T>));
+  } else {
+    T tail[kLanes<T>];
+    store(tail, outputs(0));
+    for (int64_t i = 0; i < n; ++i) to[i] = tail[i];
+  }
+}
+
 template <typename T>
-inline void depthwise_plane(const DepthwiseArgs<T>& a, int64_t image, int64_t c, T* storage) {
-  const ConvGeometry& g = a.g;
+inline void depthwise_plane(const DepthwiseArgs<T>& a, LineRing<T>& ring, int64_t image, int64_t c) {
   const T* plane = a.x.data + image * a.x.image + c * a.x.channel;
   T* out = a.y.data + image * a.y.image + c * a.y.channel;
-  Vec<T> w[9];
-  for (int t = 0; t < 9; ++t) w[t] = broadcast(a.weight[c * 9 + t]);
-  const Vec<T> shift = broadcast(a.shift ? a.shift[c] : T(0));
-  const int64_t d = g.dil_w;
-  LineRing<T> ring(g, storage);
-  for_rows_by_phase(g, [&](int64_t y, bool restart) {
+  for_rows_by_phase(a.g, [&](int64_t y, bool restart) {
     const T* line[3];
     ring.move_to(plane, a.x.row, y, restart, line);
-    const auto outputs = [&](int64_t x) {
-      Vec<T> top = shift, middle = Vec<T>{}, bottom = Vec<T>{};
-#pragma GCC unroll 3
-      for (int kx = 0; kx < 3; ++kx) {
-        top += w[kx] * load(line[0] + x + kx * d);
-        middle += w[3 + kx] * load(line[1] + x + kx * d);
-        bottom += w[6 + kx] * load(line[2] + x + kx * d);
-      }
-      const Vec<T> sum = top + middle + bottom;
-      return a.relu ? relu<T>(sum) : sum;
-    };
-    T* to = out + y * a.y.row;
-    int64_t x = 0;
-    for (; x + kLanes<T> <= g.w_out; x += kLanes<T>) store(to + x, outputs(x));
-    if (x < g.w_out) {
-      T tail[kLanes<T>];
-      store(tail, outputs(x));
-      for (int i = 0; x + i < g.w_out; ++i) to[x + i] = tail[i];
-    }
+    const auto row = a.relu ? depthwise_line<T, true> : depthwise_line<T, false>;
+    row(line[0], line[1], line[2], a.g.dil_w, a.weight + c * 9, a.shift ? a.shift[c] : T(0), a.g.w_out,
+        out + y * a.y.row);
   });
 }
 
-// Outputs x, x + d, ... (RUN of them) of channels 0..n of one row. in[3 * column + ky] points at the inputs.
-template <typename T, int RUN>
-inline void depthwise_run(const T* const* in, int64_t n, const T* w, int64_t w_stride, const T* shift, bool relu_on,
-                          T* const* out) {
-  for (int64_t c = 0; c < n;) {
-    const bool whole = c + kLanes<T> <= n;
-    if (whole) {
-      Vec<T> acc[RUN];
+// Outputs x, x + d, ... (RUN of them) of channels 0..n of one row. in[3 * column + ky] points at the inputs. Two vectors
+// at a time: with many channels all pixels share the same sets of L1, so a line must be used up when it is there.
+template <typename T, int RUN, int VECS>
+inline void depthwise_run_vectors(const T* const* in, int64_t c, const T* w, int64_t w_stride, const T* shift,
+                                  bool relu_on, T* const* out) {
+  Vec<T> acc[RUN][VECS];
 #pragma GCC unroll 4
-      for (int i = 0; i < RUN; ++i) acc[i] = shift ? load(shift + c) : Vec<T>{};
+  for (int i = 0; i < RUN; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; ++v) acc[i][v] = shift ? load(shift + c + v * kLanes<T>) : Vec<T>{};
 #pragma GCC unroll 3
-      for (int ky = 0; ky < 3; ++ky) {
-        Vec<T> wk[3];
+  for (int ky = 0; ky < 3; ++ky) {
+    Vec<T> wk[3][VECS];
 #pragma GCC unroll 3
-        for (int kx = 0; kx < 3; ++kx) wk[kx] = load(w + (ky * 3 + kx) * w_stride + c);
+    for (int kx = 0; kx < 3; ++kx)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECS; ++v) wk[kx][v] = load(w + (ky * 3 + kx) * w_stride + c + v * kLanes<T>);
 #pragma GCC unroll 6
-        for (int column = 0; column < RUN + 2; ++column) {
-          const Vec<T> v = load(in[3 * column + ky] + c);
+    for (int column = 0; column < RUN + 2; ++column) {
+      const T* from = in[3 * column + ky] + c;
+#pragma GCC unroll 2
+      for (int v = 0; v < VECS; ++v) {
+        const Vec<T> x = load(from + v * kLanes<T>);
 #pragma GCC unroll 3
-          for (int kx = 0; kx < 3; ++kx)
-            if (column - kx >= 0 && column - kx < RUN) acc[column - kx] += wk[kx] * v;
-        }
+        for (int kx = 0; kx < 3; ++kx)
+          if (column - kx >= 0 && column - kx < RUN) acc[column - kx][v] += wk[kx][v] * x;
       }
+    }
+  }
 #pragma GCC unroll 4
-      for (int i = 0; i < RUN; ++i) store(out[i] + c, relu_on ? relu<T>(acc[i]) : acc[i]);
-      c += kLanes<T>;
-    } else {
-      for (int i = 0; i < RUN; ++i) {
-        T sum = shift ? shift[c] : T(0);
-        for (int ky = 0; ky < 3; ++ky)
-          for (int kx = 0; kx < 3; ++kx) sum += w[(ky * 3 + kx) * w_stride + c] * in[3 * (i + kx) + ky][c];
-        out[i][c] = relu_on ? relu<T>(sum) : sum;
-      }
-      ++c;
+  for (int i = 0; i < RUN; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; ++v) store(out[i] + c + v * kLanes<T>, relu_on ? relu<T>(acc[i][v]) : acc[i][v]);
+}
+
+template <typename T, int RUN>
+__attribute__((noinline)) void depthwise_run(const T* const* in, int64_t n, const T* w, int64_t w_stride,
+                                             const T* shift, bool relu_on, T* const* out) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes<T> <= n; c += 2 * kLanes<T>)
+    depthwise_run_vectors<T, RUN, 2>(in, c, w, w_stride, shift, relu_on, out);
+  for (; c + kLanes<T> <= n; c += kLanes<T>) depthwise_run_vectors<T, RUN, 1>(in, c, w, w_stride, shift, relu_on, out);
+  for (; c < n; ++c) {
+    for (int i = 0; i < RUN; ++i) {
+      T sum = shift ? shift[c] : T(0);
+      for (int ky = 0; ky < 3; ++ky)
+        for (int kx = 0; kx < 3; ++kx) sum += w[(ky * 3 + kx) * w_stride + c] * in[3 * (i + kx) + ky][c];
+      out[i][c] = relu_on ? relu<T>(sum) : sum;
     }
   }
 }
@@ -176,17 +210,17 @@ inline void depthwise_row(const DepthwiseArgs<T>& a, int64_t image, int64_t y, i
 
 template <typename T>
 inline int64_t depthwise_workspace_size(const DepthwiseArgs<T>& a, int64_t workers) {
-  if (a.x.channel != 1) return workers * 4 * LineRing<T>::size(a.g);
+  if (!a.channels_last) return workers * LineRing<T>::size(a.g);
   return 9 * a.g.c_in + kDepthwiseChannels + kLineSlack;
 }
 
 template <typename T>
 inline void depthwise(const DepthwiseArgs<T>& a, T* workspace, const Workers& workers) {
   const ConvGeometry& g = a.g;
-  if (a.x.channel != 1) {
+  if (!a.channels_last) {
     for_each_part(workers, g.n * g.c_in, [&](int64_t worker, int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i)
-        depthwise_plane(a, i / g.c_in, i % g.c_in, workspace + worker * 4 * LineRing<T>::size(g));
+      LineRing<T> ring(g, workspace + worker * LineRing<T>::size(g));
+      for (int64_t i = first; i < last; ++i) depthwise_plane(a, ring, i / g.c_in, i % g.c_in);
     });
     return;
   }
@@ -211,34 +245,44 @@ inline void depthwise(const DepthwiseArgs<T>& a, T* workspace, const Workers& wo
   });
 }
 
+// Adds the products of a row of gradients with three padded lines to acc[9].
+template <typename T>
+__attribute__((noinline)) void depthwise_weight_grad_line(const T* const* line, int64_t d, const T* grad, int64_t n,
+                                                          Vec<T>* acc) {
+  const T *top = line[0], *middle = line[1], *bottom = line[2];
+  Vec<T> sum[9];
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) sum[t] = acc[t];
+  const auto add = [&](Vec<T> v, int64_t x) {
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx) {
+      sum[kx] += v * load(top + x + kx * d);
+      sum[3 + kx] += v * load(middle + x + kx * d);
+      sum[6 + kx] += v * load(bottom + x + kx * d);
+    }
+  };
+  int64_t x = 0;
+  for (; x + kLanes<T> <= n; x += kLanes<T>) add(load(grad + x), x);
+  if (x < n) {
+    T tail[kLanes<T>] = {};
+    for (int64_t i = x; i < n; ++i) tail[i - x] = grad[i];
+    add(load(tail), x);
+  }
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) acc[t] = sum[t];
+}
+
 // NCHW: the nine sums of one channel over all images, each a vector of partial sums that is folded at the end.
 template <typename T>
-inline void depthwise_weight_grad_channel(const DepthwiseWeightGradArgs<T>& a, int64_t c, T* storage) {
-  const ConvGeometry& g = a.g;
-  const int64_t d = g.dil_w;
+inline void depthwise_weight_grad_channel(const DepthwiseWeightGradArgs<T>& a, LineRing<T>& ring, int64_t c) {
   Vec<T> acc[9] = {};
-  LineRing<T> ring(g, storage);
-  T* grad_line = storage + 4 * LineRing<T>::size(g);
-  for (int64_t i = 0; i < LineRing<T>::size(g); ++i) grad_line[i] = T(0);
-  for (int64_t image = 0; image < g.n; ++image) {
+  for (int64_t image = 0; image < a.g.n; ++image) {
     const T* plane = a.x.data + image * a.x.image + c * a.x.channel;
     const T* grad = a.grad.data + image * a.grad.image + c * a.grad.channel;
-    for_rows_by_phase(g, [&](int64_t y, bool restart) {
+    for_rows_by_phase(a.g, [&](int64_t y, bool restart) {
       const T* line[3];
       ring.move_to(plane, a.x.row, y, restart, line);
-      const T* from = grad + y * a.grad.row;
-      const auto add = [&](Vec<T> v, int64_t x) {
-#pragma GCC unroll 3
-        for (int ky = 0; ky < 3; ++ky)
-#pragma GCC unroll 3
-          for (int kx = 0; kx < 3; ++kx) acc[ky * 3 + kx] += v * load(line[ky] + x + kx * d);
-      };
-      int64_t x = 0;
-      for (; x + kLanes<T> <= g.w_out; x += kLanes<T>) add(load(from + x), x);
-      if (x < g.w_out) {
-        for (int64_t i = x; i < g.w_out; ++i) grad_line[i - x] = from[i];  // zeros follow
-        add(load(grad_line), x);
-      }
+      depthwise_weight_grad_line(line, a.g.dil_w, grad + y * a.grad.row, a.g.w_out, acc);
     });
   }
   for (int t = 0; t < 9; ++t) {
@@ -248,79 +292,114 @@ inline void depthwise_weight_grad_channel(const DepthwiseWeightGradArgs<T>& a, i
   }
 }
 
-// channels_last: sums[9][kDepthwiseChannels] += the products of output row y for channels c0..c0+n.
+// channels_last: sums[3] += the products of output row y with the input row of one ky, for the channels of U at c.
+// Walking along a phase, each input is loaded once and used for three taps.
+template <typename U, typename T, typename Read, typename Write>
+inline void depthwise_weight_grad_run(const ConvGeometry& g, const T* row, int64_t pixel, const T* grad,
+                                      int64_t grad_pixel, T* sums, const Read& read, const Write& write) {
+  U acc[3];
+  for (int kx = 0; kx < 3; ++kx) acc[kx] = read(sums + kx * kDepthwiseChannels);
+  const auto input = [&](int64_t x) { return x >= 0 && x < g.w ? read(row + x * pixel) : U{}; };
+  const int64_t phases = smaller(g.dil_w, g.w_out);
+  for (int64_t phase = 0; phase < phases; ++phase) {
+    U left = input(phase - g.pad_w), middle = input(phase - g.pad_w + g.dil_w);
+    for (int64_t x = phase; x < g.w_out; x += g.dil_w) {
+      const U right = input(x - g.pad_w + 2 * g.dil_w), v = read(grad + x * grad_pixel);
+      acc[0] += v * left;
+      acc[1] += v * middle;
+      acc[2] += v * right;
+      left = middle;
+      middle = right;
+    }
+  }
+  for (int kx = 0; kx < 3; ++kx) write(sums + kx * kDepthwiseChannels, acc[kx]);
+}
+
+// Two vectors as one value: a cache line of floats.
 template <typename T>
-inline void depthwise_weight_grad_row(const DepthwiseWeightGradArgs<T>& a, int64_t image, int64_t y, int64_t c0,
-                                      int64_t n, T* sums) {
+struct VecPair {
+  Vec<T> a, b;
+  inline VecPair operator*(const VecPair& o) const { return {a * o.a, b * o.b}; }
+  inline VecPair& operator+=(const VecPair& o) {
+    a += o.a;
+    b += o.b;
+    return *this;
+  }
+};
+
+// sums[9][kDepthwiseChannels] += the products of output row y for channels c0..c0+n.
+template <typename T>
+__attribute__((noinline)) void depthwise_weight_grad_row(const DepthwiseWeightGradArgs<T>& a, int64_t image, int64_t y,
+                                                         int64_t c0, int64_t n, T* sums) {
   const ConvGeometry& g = a.g;
   const T* grad = a.grad.data + image * a.grad.image + y * a.grad.row + c0;
-  int64_t first[3], last[3];
-  for (int kx = 0; kx < 3; ++kx) {
-    first[kx] = larger<int64_t>(0, g.pad_w - kx * g.dil_w);
-    last[kx] = smaller(g.w_out, g.w + g.pad_w - kx * g.dil_w);
-  }
-  // Where all three taps lie inside: between the left tap's first output and the right tap's last.
-  int64_t all_first = first[0], all_last = last[2];
-  if (all_last <= all_first) all_first = all_last = 0;
   for (int ky = 0; ky < 3; ++ky) {
     const int64_t from = y - g.pad_h + ky * g.dil_h;
     if (from < 0 || from >= g.h) continue;
-    const T* row = a.x.data + image * a.x.image + from * a.x.row - g.pad_w * a.x.pixel + c0;
+    const T* row = a.x.data + image * a.x.image + from * a.x.row + c0;
     T* to = sums + ky * 3 * kDepthwiseChannels;
-    const int64_t tap = g.dil_w * a.x.pixel;
-    const auto channels = [&](auto zero, int64_t c, const auto& read, const auto& write) {
-      using U = decltype(zero);
-      U acc[3];
-      for (int kx = 0; kx < 3; ++kx) acc[kx] = read(to + kx * kDepthwiseChannels + c);
-      for (int64_t x = all_first; x < all_last; ++x) {
-        const U v = read(grad + x * a.grad.pixel + c);
-        const T* p = row + x * a.x.pixel + c;
-        acc[0] += v * read(p);
-        acc[1] += v * read(p + tap);
-        acc[2] += v * read(p + 2 * tap);
-      }
-      for (int kx = 0; kx < 3; ++kx) {
-        const int64_t end_left = smaller(all_first, last[kx]), begin_right = larger(all_last, first[kx]);
-        for (int64_t x = first[kx]; x < end_left; ++x)
-          acc[kx] += read(grad + x * a.grad.pixel + c) * read(row + x * a.x.pixel + kx * tap + c);
-        for (int64_t x = larger(begin_right, end_left); x < last[kx]; ++x)
-          acc[kx] += read(grad + x * a.grad.pixel + c) * read(row + x * a.x.pixel + kx * tap + c);
-        write(to + kx * kDepthwiseChannels + c, acc[kx]);
-      }
-    };
+    constexpr int kPair = 2 * kLanes<T>;
     int64_t c = 0;
-    for (; c + kLanes<T> <= n; c += kLanes<T>)
-      channels(Vec<T>{}, c, [](const T* p) { return load(p); }, [](T* p, Vec<T> v) { store(p, v); });
-    for (; c < n; ++c) channels(T(0), c, [](const T* p) { return *p; }, [](T* p, T v) { *p = v; });
+    for (; c + kPair <= n; c += kPair)
+      depthwise_weight_grad_run<VecPair<T>>(
+          g, row + c, a.x.pixel, grad + c, a.grad.pixel, to + c,
+          [](const T* p) { return VecPair<T>{load(p), load(p + kLanes<T>)}; },
+          [](T* p, const VecPair<T>& v) {
+            store(p, v.a);
+            store(p + kLanes<T>, v.b);
+          });
+    for (; c < n; ++c)
+      depthwise_weight_grad_run<T>(
+          g, row + c, a.x.pixel, grad + c, a.grad.pixel, to + c, [](const T* p) { return *p; },
+          [](T* p, T v) { *p = v; });
   }
 }
 
+// channels_last: the rows are cut into parts with sums of their own, added up in order, so that there is work for every
+// worker and the result does not depend on how many there are.
+constexpr int64_t kWeightGradParts = 8;
+
 template <typename T>
 inline int64_t depthwise_weight_grad_workspace_size(const DepthwiseWeightGradArgs<T>& a, int64_t workers) {
-  return workers * (a.x.channel != 1 ? 5 * LineRing<T>::size(a.g) : 9 * kDepthwiseChannels);
+  if (!a.channels_last) return workers * LineRing<T>::size(a.g);
+  const int64_t blocks = (a.g.c_in + kDepthwiseChannels - 1) / kDepthwiseChannels;
+  return blocks * kWeightGradParts * 9 * kDepthwiseChannels;
 }
 
 template <typename T>
 inline void depthwise_weight_grad(const DepthwiseWeightGradArgs<T>& a, T* workspace, const Workers& workers) {
   const ConvGeometry& g = a.g;
-  if (a.x.channel != 1) {
+  if (!a.channels_last) {
     for_each_part(workers, g.c_in, [&](int64_t worker, int64_t first, int64_t last) {
-      for (int64_t c = first; c < last; ++c)
-        depthwise_weight_grad_channel(a, c, workspace + worker * 5 * LineRing<T>::size(g));
+      LineRing<T> ring(g, workspace + worker * LineRing<T>::size(g));
+      for (int64_t c = first; c < last; ++c) depthwise_weight_grad_channel(a, ring, c);
     });
     return;
   }
-  // Blocks of 64 channels, so that 256 channels keep four workers busy.
-  constexpr int64_t kBlock = kDepthwiseChannels / 2;
-  for_each_part(workers, (g.c_in + kBlock - 1) / kBlock, [&](int64_t worker, int64_t first, int64_t last) {
-    T* sums = workspace + worker * 9 * kDepthwiseChannels;
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t c0 = block * kBlock, n = smaller(kBlock, g.c_in - c0);
-      for (int64_t i = 0; i < 9 * kDepthwiseChannels; ++i) sums[i] = T(0);
-      for (int64_t image = 0; image < g.n; ++image)
-        for_rows_by_phase(g, [&](int64_t y, bool) { depthwise_weight_grad_row(a, image, y, c0, n, sums); });
-      for (int64_t c = 0; c < n; ++c)
-        for (int t = 0; t < 9; ++t) a.grad_weight[(c0 + c) * 9 + t] = sums[t * kDepthwiseChannels + c];
+  constexpr int64_t kSums = 9 * kDepthwiseChannels;
+  const int64_t blocks = (g.c_in + kDepthwiseChannels - 1) / kDepthwiseChannels;
+  for_each_part(workers, blocks * kWeightGradParts, [&](int64_t, int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t part = unit % kWeightGradParts, c0 = unit / kWeightGradParts * kDepthwiseChannels;
+      const int64_t n = smaller(kDepthwiseChannels, g.c_in - c0);
+      T* sums = workspace + unit * kSums;
+      for (int64_t i = 0; i < kSums; ++i) sums[i] = T(0);
+      for (int64_t image = 0; image < g.n; ++image) {
+        int64_t index = 0;
+        for_rows_by_phase(g, [&](int64_t y, bool) {
+          if (index++ * kWeightGradParts / g.h_out == part) depthwise_weight_grad_row(a, image, y, c0, n, sums);
+        });
+      }
+    }
+  });
+  for_each_part(workers, g.c_in, [&](int64_t, int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      const T* sums = workspace + c / kDepthwiseChannels * kWeightGradParts * kSums + c % kDepthwiseChannels;
+      for (int t = 0; t < 9; ++t) {
+        T sum = 0;
+        for (int64_t part = 0; part < kWeightGradParts; ++part) sum += sums[part * kSums + t * kDepthwiseChannels];
+        a.grad_weight[c * 9 + t] = sum;
+      }
     }
   });
 }

@@ -53,8 +53,7 @@ class Direct {
         workers_(workers) {}
 
   void run() {
-    workers_.run(
-        workers_.count, [](void* self, int64_t worker) { static_cast<Direct*>(self)->work(worker); }, this);
+    workers_.run(workers_.count, [](void* self, int64_t worker) { static_cast<Direct*>(self)->work(worker); }, this);
   }
 
  private:

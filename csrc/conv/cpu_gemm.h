@@ -122,10 +122,8 @@ __attribute__((noinline)) void gemm_tile_rows(const Operands& op, int64_t k, int
 template <typename T, typename Operands>
 inline void gemm_tile(const Operands& op, int rows, int64_t k, int columns, const Finish<T>& fin) {
   switch (rows) {
-#define PYSEG_CASE(n)                                   \
-  case n:                                               \
-    gemm_tile_rows<T, n>(op, k, columns, fin);          \
-    break;
+#define PYSEG_CASE(n) \
+  case n: gemm_tile_rows<T, n>(op, k, columns, fin); break;
     PYSEG_CASE(1)
     PYSEG_CASE(2)
     PYSEG_CASE(3)

@@ -18,7 +18,8 @@ inline void pack_panel(const Weight<T>& w, int64_t c_out, int64_t panel, int64_t
     const T* from = w.data + panel * kPanel * w.stride_out + (k0 + kk) * w.stride_in;
     T* row = to + kk * kPanel;
     for (int64_t j = 0; j < kPanel; ++j) {
-      for (int t = 0; t < 9; ++t) row[t * tap_stride + j] = j < columns ? from[j * w.stride_out + t * w.stride_tap] : T(0);
+      for (int t = 0; t < 9; ++t)
+        row[t * tap_stride + j] = j < columns ? from[j * w.stride_out + t * w.stride_tap] : T(0);
     }
   }
 }
@@ -34,6 +35,7 @@ inline void functionals(const U& w0, const U& w1, const U& w2, U* f) {
   f[kAt2] = T(1. / 24) * (q + h);
   f[kAtM2] = T(1. / 24) * (q - h);
   f[kAtInf] = w2;
+  f[kFirst] = w0;
   f[kCentre] = w1;
   f[kLow] = w1 - w0;
   f[kHigh] = w2 - w1;
@@ -62,7 +64,7 @@ inline void transform_weights(const T* taps, int64_t tap_stride, int64_t k, T* u
       if (!used[i]) continue;
       Vec<T> f[kFunctionals];
       functionals(rows[0][i], rows[1][i], rows[2][i], f);
-#pragma GCC unroll 9
+#pragma GCC unroll 10
       for (int j = 0; j < kFunctionals; ++j)
         if (to[i][j]) store(to[i][j] + at, f[j]);
     }
@@ -74,7 +76,7 @@ template <typename U>
 inline void functionals_adjoint(const U* f, U* w) {
   using T = decltype(f[0][0] + f[0][0]);
   const U s1 = f[kAt1] + f[kAtM1], d1 = f[kAt1] - f[kAtM1], s2 = f[kAt2] + f[kAtM2], d2 = f[kAt2] - f[kAtM2];
-  w[0] = T(1. / 4) * f[kAt0] - T(1. / 6) * s1 + T(1. / 24) * s2 - f[kLow];
+  w[0] = T(1. / 4) * f[kAt0] - T(1. / 6) * s1 + T(1. / 24) * s2 + f[kFirst] - f[kLow];
   w[1] = T(1. / 12) * d2 - T(1. / 6) * d1 + f[kCentre] + f[kLow] - f[kHigh];
   w[2] = T(1. / 6) * (s2 - s1) + f[kAtInf] + f[kHigh];
 }

@@ -26,8 +26,8 @@ namespace {
 constexpr int kMaxPairs = kFunctionals * kFunctionals;
 constexpr int kMaxGroups = kTileKinds * kTileKinds;
 constexpr int kMaxPairProducts = kMaxProducts * kMaxProducts;
-constexpr int kSlice = 64;              // channels that a transform handles at a time: its scratch stays in L1
-constexpr int64_t kChannelBlock = 256;  // input (and output) channels of a large product
+constexpr int kSlice = 64;                    // channels that a transform handles at a time: its scratch stays in L1
+constexpr int64_t kChannelBlock = 256;        // input (and output) channels of a large product
 constexpr int64_t kSmallWeights = 400 << 10;  // bytes of U up to which blocks of tiles are made to fit L2
 constexpr int64_t kL2Bytes = 320 << 10;       // V and M of such a block
 constexpr int64_t kLargeWeights = 2 << 20;    // bytes of U otherwise: it is made and used within L3
@@ -40,25 +40,20 @@ struct Kind {
   static constexpr int value = K;
 };
 
+// Calls f with the kind as a constant. Tap sets of one size share a transform, so one of them stands for all.
 template <typename F>
 inline void with_kind(int kind, const F& f) {
   switch (kind) {
-#define PYSEG_CASE(n) \
-  case n:             \
-    return f(Kind<n>{});
-    PYSEG_CASE(0)
-    PYSEG_CASE(1)
-    PYSEG_CASE(2)
-    PYSEG_CASE(3)
-    PYSEG_CASE(4)
-    PYSEG_CASE(5)
-    PYSEG_CASE(6)
-    PYSEG_CASE(7)
-    PYSEG_CASE(8)
-    PYSEG_CASE(9)
-    PYSEG_CASE(10)
-    PYSEG_CASE(11)
-#undef PYSEG_CASE
+    case kF4: return f(Kind<kF4>{});
+    case kF3: return f(Kind<kF3>{});
+    case kF2: return f(Kind<kF2>{});
+    case kE2: return f(Kind<kE2>{});
+  }
+  switch (kTileSpecs[kind].products) {
+    case 0: return f(Kind<kTaps>{});
+    case 1: return f(Kind<kTaps + 1>{});
+    case 2: return f(Kind<kTaps + 3>{});
+    case 3: return f(Kind<kTaps + 7>{});
   }
 }
 
@@ -66,9 +61,9 @@ inline void with_kind(int kind, const F& f) {
 struct TileGroups {
   int groups = 0, pairs = 0;
   uint8_t kind_y[kMaxGroups], kind_x[kMaxGroups];
-  int64_t tiles[kMaxGroups];         // all images together
+  int64_t tiles[kMaxGroups];                    // all images together
   int16_t pair_of[kFunctionals][kFunctionals];  // -1: not used
-  int64_t rows = 0;                  // of all pairs and tiles together
+  int64_t rows = 0;                             // of all pairs and tiles together
   int64_t all_tiles = 0;
 
   TileGroups(const AxisTiles& ty, const AxisTiles& tx, int64_t images) {
@@ -215,8 +210,8 @@ inline void transform_tile(int kind_y, int kind_x, int64_t channels, const TileP
       constexpr int IN = kLinesIn<SIDE, K>, PX = kTileSpecs[K].products;
       if constexpr (PX > 0) {
         transform_lines<IN, PX, T>([&](int l, int i) { return scratch + (l * IN + i) * kSlice; }, py, n,
-                                   SideTransform<SIDE, K>{},
-                                   [&](int l, int r) { return out(l * PX + r) + layout(c0); }, layout);
+                                   SideTransform<SIDE, K>{}, [&](int l, int r) { return out(l * PX + r) + layout(c0); },
+                                   layout);
       }
     });
   }
@@ -267,9 +262,10 @@ inline void finish_tile(int kind_y, int kind_x, const Rows& m, int64_t n, T* con
       with_kind(kind_x, [&](auto kind) {
         constexpr int K = decltype(kind)::value;
         constexpr int PX = kTileSpecs[K].products;
-        transform_lines<PX, kTileSpecs[K].outputs, T>(
-            [&](int l, int i) { return m(l * PX + i) + c0; }, py, nc, [](const auto* d, auto* r) { output_transform<K>(d, r); },
-            [&](int l, int r) { return scratch + (l * ox + r) * kSlice; }, RowLayout{});
+        transform_lines<PX, kTileSpecs[K].outputs, T>([&](int l, int i) { return m(l * PX + i) + c0; }, py, nc,
+                                                      [](const auto* d, auto* r) { output_transform<K>(d, r); },
+                                                      [&](int l, int r) { return scratch + (l * ox + r) * kSlice; },
+                                                      RowLayout{});
       });
     }
     with_kind(kind_y, [&](auto kind) {
@@ -308,8 +304,8 @@ inline void finish_tile(int kind_y, int kind_x, const Rows& m, int64_t n, T* con
 
 // How a call is blocked, and where its arrays lie in the workspace (in elements).
 struct WinogradBlocking {
-  bool small;            // a block per worker, in L2
-  int64_t blocks, rows;  // blocks of tiles, and the most rows of V in one
+  bool small;                         // a block per worker, in L2
+  int64_t blocks, rows;               // blocks of tiles, and the most rows of V in one
   int64_t k_block, n_block, u_block;  // input and output channels of V and M, output channels of U
   int64_t v_stride, m_stride, u_stride;
   int64_t zeros, u, pack, v, m, total;  // offsets; v and m are per worker in the small case
@@ -320,7 +316,9 @@ struct WinogradBlocking {
     small = c_in <= kChannelBlock && tg.pairs * c_in * n16 * itemsize <= kSmallWeights;
     k_block = smaller(c_in, kChannelBlock);
     n_block = small ? n16 : smaller(n16, kChannelBlock);
-    u_block = small ? n16 : larger<int64_t>(smaller(n_block, kLargeWeights / (tg.pairs * k_block * itemsize) / kPanel * kPanel), kPanel);
+    u_block = small ? n16
+                    : larger<int64_t>(
+                          smaller(n_block, kLargeWeights / (tg.pairs * k_block * itemsize) / kPanel * kPanel), kPanel);
     v_stride = k_block;
     m_stride = n_block;
     const int64_t most = small ? larger<int64_t>(kL2Bytes / ((v_stride + m_stride) * itemsize), 1) : kBlockRows;
@@ -404,9 +402,8 @@ class Winograd {
         for (int64_t k0 = 0; k0 < g_.c_in; k0 += bl_.k_block) {
           const int64_t k = smaller(bl_.k_block, g_.c_in - k0);
           if (n0 == 0 || g_.c_in > bl_.k_block) {
-            for_each_part(workers_, block.tiles, [&](int64_t, int64_t first, int64_t last) {
-              inputs(block, first, last, k0, k, v);
-            });
+            for_each_part(workers_, block.tiles,
+                          [&](int64_t, int64_t first, int64_t last) { inputs(block, first, last, k0, k, v); });
           }
           for (int64_t u0 = 0; u0 < n; u0 += bl_.u_block) {
             const int64_t u = smaller(bl_.u_block, n - u0);
@@ -458,8 +455,8 @@ class Winograd {
   void inputs(const TileBlock& block, int64_t first, int64_t last, int64_t k0, int64_t k, T* v) const {
     for_tiles(tg_, block, first, last, [&](int g, int64_t tile) {
       const int ky = tg_.kind_y[g], kx = tg_.kind_x[g];
-      const auto pixels = input_pixels(g_, a_.x, ky, kx, place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), k0,
-                                       ws_ + bl_.zeros);
+      const auto pixels =
+          input_pixels(g_, a_.x, ky, kx, place_of(a_.tiles_y, a_.tiles_x, ky, kx, tile), k0, ws_ + bl_.zeros);
       T* to = v + (tile - block.first[g]) * bl_.v_stride;
       const int64_t* at = block.v_at[g];
       transform_tile<Side::kInput, T>(ky, kx, k, pixels, [&](int p) { return to + at[p]; }, RowLayout{});
@@ -495,8 +492,9 @@ class Winograd {
                             (at.x + j * g_.dil_w) * a_.y.pixel + n0;
       const T* from = m + (tile - block.first[g]) * bl_.m_stride;
       const int64_t* m_at = block.m_at[g];
-      finish_tile<T>(ky, kx, [&](int p) { return from + m_at[p]; }, n, out,
-                     a_.scale ? a_.scale + n0 : nullptr, a_.shift ? a_.shift + n0 : nullptr, a_.relu);
+      finish_tile<T>(
+          ky, kx, [&](int p) { return from + m_at[p]; }, n, out, a_.scale ? a_.scale + n0 : nullptr,
+          a_.shift ? a_.shift + n0 : nullptr, a_.relu);
     });
   }
 

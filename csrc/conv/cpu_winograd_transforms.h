@@ -37,7 +37,7 @@ inline void input_transform(const U* d, U* r) {
     r[2] = d[0];
   } else {
     constexpr TileSpec spec = kTileSpecs[KIND];
-    for (int i = 0; i < spec.inputs; ++i) r[i] = spec.offset[i] == 0 ? 4 * d[i] : d[i];
+    for (int i = 0; i < spec.inputs; ++i) r[i] = d[i];
   }
 }
 

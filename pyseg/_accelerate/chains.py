@@ -32,8 +32,11 @@ class _Site:
 
 @dataclass
 class _Sites:
-    """Every place that calls a module, over the forwards of all parents. A module that is used in several ways is
-    folded only where all its uses agree, so parents that reach past their children into grandchildren do no harm."""
+    """Every place that calls a module, over the forwards of all parents.
+
+    A module that is used in several ways is folded only where all its uses agree, so parents that reach past their
+    children into grandchildren do no harm.
+    """
 
     convs: dict[nn.Module, list[_Site]] = field(default_factory=lambda: defaultdict(list))
     # The convolution that feeds the batch norm or ReLU there and nothing else; None: something else does.

@@ -94,7 +94,7 @@ class Example:
                     buffer.copy_(value)
 
 
-def _arguments(inputs: Any) -> tuple[tuple, dict]:
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple | list):

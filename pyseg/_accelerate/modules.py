@@ -59,7 +59,8 @@ class Swaps:
     def attach(self, chain: Chain, kind: "type[FusedAtrousConv2d]", exact: bool) -> None:
         """Makes chain.conv a `kind`, and its batch norm and ReLU step aside for it."""
         conv, norm, relu = chain.conv, chain.norm, chain.relu if kind.fuses_relu else None
-        self._swap(conv, kind, _pyseg_chain=chain)
+        own = {"_folded_weight": Cached()} if kind is FoldedConv2d else {}
+        self._swap(conv, kind, _pyseg_chain=chain, **own)
         assert isinstance(conv, FusedAtrousConv2d)
         if "exact" in conv._pyseg_swap.attributes:  # else the user has chosen it for a module of ours
             conv.exact = exact
@@ -116,7 +117,10 @@ class FusedAtrousConv2d(AtrousConv2d):
     @property
     def applies_folded(self) -> bool:
         chain = self._pyseg_chain
-        return chain is not None and super().applies_folded and not has_hooks(self) and not has_hooks(chain.norm)
+        if chain is None or has_hooks(self):
+            return False
+        ready = chain.norm is None or (isinstance(chain.norm, FoldedBatchNorm2d) and not has_hooks(chain.norm))
+        return ready and super().applies_folded
 
     def applies_relu(self) -> bool:
         return (
@@ -140,7 +144,7 @@ class FusedAtrousConv2d(AtrousConv2d):
 
     def _replicate_for_data_parallel(self) -> Self:
         # The chain holds this device's batch norm: on the others the modules work one by one.
-        replica = super()._replicate_for_data_parallel()
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._pyseg_chain = None
         replica._folded = None
         return replica
@@ -151,9 +155,7 @@ class FoldedConv2d(FusedAtrousConv2d):
 
     fuses_relu = False
 
-    def _init_own(self, exact: bool) -> None:
-        super()._init_own(exact)
-        self._folded_weight = Cached()
+    _folded_weight: Cached
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         scale, shift, _ = self._epilogue(weight.dtype)
@@ -181,12 +183,14 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
     _pyseg_chain: Chain | None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._pyseg_chain is not None and self._pyseg_chain.conv.applies_folded:
+        conv = None if self._pyseg_chain is None else self._pyseg_chain.conv
+        # A part of the model may have been restored.
+        if isinstance(conv, FusedAtrousConv2d) and conv.applies_folded:
             return input
         return super().forward(input)
 
     def _replicate_for_data_parallel(self) -> Self:
-        replica = super()._replicate_for_data_parallel()
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._pyseg_chain = None
         return replica
 
@@ -202,13 +206,14 @@ class FoldedReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._pyseg_chain is not None:
-            skip = self._pyseg_chain.conv.applies_relu()
+            conv = self._pyseg_chain.conv
+            skip = isinstance(conv, FusedAtrousConv2d) and conv.applies_relu()
         else:
             # The mark is used up, lest it outlive what the caller does to the tensor next.
-            skip = not torch.compiler.is_compiling() and input.__dict__.pop("_pyseg_rectified", False)
+            skip = not torch.compiler.is_compiling() and vars(input).pop("_pyseg_rectified", False)
         return input if skip else super().forward(input)
 
     def _replicate_for_data_parallel(self) -> Self:
-        replica = super()._replicate_for_data_parallel()
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._pyseg_chain = None
         return replica

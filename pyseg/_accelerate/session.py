@@ -257,7 +257,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _speedup(report: Report) -> float:
-    assert report.before_ms is not None and report.after_ms is not None
+    if report.before_ms is None or report.after_ms is None:
+        return 0.0
     return report.before_ms / report.after_ms
 
 

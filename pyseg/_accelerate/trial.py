@@ -30,7 +30,7 @@ def forms_of(chain: Chain) -> list[type[FusedAtrousConv2d]]:
 
 def why_kernel_is_torchs(conv: nn.Conv2d) -> str:
     weight = conv.weight
-    return why_torch(weight, conv.stride, conv.groups, conv.in_channels, weight.dtype, weight.device.type)  # type: ignore[arg-type]
+    return why_torch(weight, conv.stride, conv.groups, conv.in_channels, weight.dtype, weight.device.type)
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Stopwatch:
         return output.detach()
 
 
-def _geometry(chain: Chain, input: Tensor) -> tuple:
+def _geometry(chain: Chain, input: Tensor) -> tuple[Any, ...]:
     """All that a convolution's time depends on."""
     conv, norm = chain.conv, chain.norm
     weight = conv.weight

@@ -255,7 +255,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    grad_output, input, weight, padding, dilation, groups, exact, allow_tf32, _, _ = inputs
+    grad_output, input, weight, padding, dilation, groups, exact, allow_tf32, *ctx.needed = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_output, input, weight)
     ctx.geometry = (padding, dilation, groups, exact, allow_tf32)
@@ -268,7 +268,8 @@ def _double_backward(
     grad_output, input, weight = ctx.saved_tensors
     padding, dilation, groups, exact, allow_tf32 = ctx.geometry
     need_grad_output, need_input, need_weight = ctx.needs_input_grad[:3]
-    u, v = grad_grad_input, grad_grad_weight
+    # What was not computed has a gradient without elements, or none.
+    u, v = (t if needed else None for t, needed in zip((grad_grad_input, grad_grad_weight), ctx.needed, strict=True))
 
     def conv(x: Tensor, w: Tensor) -> Any:
         return _FORWARD(x, w, None, None, None, padding, dilation, groups, False, exact, allow_tf32, None)

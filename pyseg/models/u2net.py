@@ -47,24 +47,24 @@ class RSU(nn.Module):
         self.rebnconvin = _ConvNormReLU(in_channels, out_channels, 1, batch_norm)
         for i, rate in enumerate(rates, start=1):
             channels = out_channels if i == 1 else mid_channels
-            setattr(self, f"rebnconv{i}", _ConvNormReLU(channels, mid_channels, rate, batch_norm))
+            self.add_module(f"rebnconv{i}", _ConvNormReLU(channels, mid_channels, rate, batch_norm))
         for i in range(height - 1, 0, -1):
             channels = out_channels if i == 1 else mid_channels
-            setattr(self, f"rebnconv{i}d", _ConvNormReLU(2 * mid_channels, channels, rates[i - 1], batch_norm))
+            self.add_module(f"rebnconv{i}d", _ConvNormReLU(2 * mid_channels, channels, rates[i - 1], batch_norm))
         # ceil_mode keeps maps of odd size whole; _upsample_like undoes it.
         self.pool = nn.Identity() if dilated else nn.MaxPool2d(2, stride=2, ceil_mode=True)
 
     def forward(self, x: Tensor) -> Tensor:
         entry = self.rebnconvin(x)
-        skips = [self.rebnconv1(entry)]
+        skips = [self.get_submodule("rebnconv1")(entry)]
         for i in range(2, self.height):
-            skips.append(getattr(self, f"rebnconv{i}")(self.pool(skips[-1])))
-        x = getattr(self, f"rebnconv{self.height}")(skips[-1])
+            skips.append(self.get_submodule(f"rebnconv{i}")(self.pool(skips[-1])))
+        x = self.get_submodule(f"rebnconv{self.height}")(skips[-1])
         for i in range(self.height - 1, 0, -1):
             skip = skips.pop()
             if not self.dilated and i < self.height - 1:
                 x = _upsample_like(x, skip)
-            x = getattr(self, f"rebnconv{i}d")(torch.cat([x, skip], 1))
+            x = self.get_submodule(f"rebnconv{i}d")(torch.cat([x, skip], 1))
         return x + entry
 
 
@@ -96,26 +96,26 @@ class U2Net(nn.Module):
     ) -> None:
         super().__init__()
         for i, stage in enumerate(encoder, start=1):
-            setattr(self, f"stage{i}", RSU(*stage, batch_norm=batch_norm))
+            self.add_module(f"stage{i}", RSU(*stage, batch_norm=batch_norm))
         for i, stage in zip(range(len(decoder), 0, -1), decoder, strict=True):
-            setattr(self, f"stage{i}d", RSU(*stage, batch_norm=batch_norm))
+            self.add_module(f"stage{i}d", RSU(*stage, batch_norm=batch_norm))
         self.levels = len(encoder)
         predicted = [stage.out_channels for stage in (*reversed(decoder), encoder[-1])]
         for i, channels in enumerate(predicted, start=1):
-            setattr(self, f"side{i}", nn.Conv2d(channels, classes, 3, padding=1))
+            self.add_module(f"side{i}", nn.Conv2d(channels, classes, 3, padding=1))
         self.outconv = nn.Conv2d(self.levels * classes, classes, 1)
         self.pool = nn.MaxPool2d(2, stride=2, ceil_mode=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        skips = [self.stage1(x)]
+        skips = [self.get_submodule("stage1")(x)]
         for i in range(2, self.levels + 1):
-            skips.append(getattr(self, f"stage{i}")(self.pool(skips[-1])))
+            skips.append(self.get_submodule(f"stage{i}")(self.pool(skips[-1])))
         features = [skips.pop()]  # of the decoder, lowest resolution first
         for i in range(self.levels - 1, 0, -1):
             skip = skips.pop()
             merged = torch.cat([_upsample_like(features[-1], skip), skip], 1)
-            features.append(getattr(self, f"stage{i}d")(merged))
-        sides = [getattr(self, f"side{i}")(f) for i, f in enumerate(reversed(features), start=1)]
+            features.append(self.get_submodule(f"stage{i}d")(merged))
+        sides = [self.get_submodule(f"side{i}")(f) for i, f in enumerate(reversed(features), start=1)]
         sides = sides[:1] + [_upsample_like(side, sides[0]) for side in sides[1:]]
         fused = self.outconv(torch.cat(sides, 1))
         return tuple(torch.sigmoid(logits) for logits in (fused, *sides))

@@ -10,7 +10,7 @@ from pyseg.functional import atrous_conv2d
 
 # Largest error allowed, as a share of the output's largest magnitude. 16-bit: half a unit in the last place, since the
 # sum and the epilogue are rounded once, and something for the float32 sum.
-BOUNDS = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 2**-11 + 3e-5, torch.bfloat16: 2**-9 + 3e-5}
+BOUNDS = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 2**-11 + 3e-5, torch.bfloat16: 2**-8 + 3e-5}
 EXACT_BOUNDS = {**BOUNDS, torch.float32: 5e-6}
 DTYPES = list(BOUNDS)
 
@@ -108,10 +108,7 @@ def check(case, *, dtype=torch.float32, device="cpu", layout="channels_last", we
     input = make(case.input_shape, dtype, device, layout, seed)
     weight = make(case.weight_shape, dtype, device, weight_layout, seed + 1)
     more = vectors(case.c_out, dtype, device, names=epilogue)
-    if packed and case.groups == 1:
-        pack = torch.ops.pyseg._atrous_conv2d_pack(weight)
-    else:
-        pack = None
+    pack = torch.ops.pyseg._atrous_conv2d_pack(weight) if packed and case.groups == 1 else None
     output = atrous_conv2d(input, weight, **more, **case.geometry, relu=relu, exact=exact, packed=pack)
     expected = oracle(input, weight, case, **more, relu=relu)
     assert output.shape == expected.shape

