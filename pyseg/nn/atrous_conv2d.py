@@ -220,8 +220,8 @@ class AtrousConv2d(nn.Conv2d):
         """How an input of this shape [N, C_in, H, W] or [C_in, H, W] will be computed on the weight's device, and why.
 
         For channels_last or contiguous inputs of the weight's dtype, outside autocast. The CPU's details: `tiles` of
-        each axis by kind; per image and pair of channels the `products` that the path multiplies and the `taps` inside the
-        map, which the direct path would; `speedup` over the direct path as the cost model sees it.
+        each axis by kind; per image and pair of channels the `products` that the path multiplies and the `taps` inside
+        the map, which the direct path would; `speedup` over the direct path as the cost model sees it.
         """
         if len(input_shape) not in (3, 4) or input_shape[-3] != self.in_channels:
             expected = f"[N, {self.in_channels}, H, W] or [{self.in_channels}, H, W]"
