@@ -64,7 +64,7 @@ def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
 
 
 class _Stamp:
-    """What a tensor was like, and how to look at its values again: through NumPy, ten times cheaper than through torch."""
+    """What a tensor was like, and how to look at its values again: through NumPy, which is cheaper than torch."""
 
     __slots__ = ("_bytes", "_sampled", "_state", "_sum", "_tensor")
 
