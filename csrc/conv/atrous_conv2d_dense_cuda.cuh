@@ -59,7 +59,8 @@ struct DenseTile {
   static constexpr int kWarps = kPixels / kWarpPixels * kWarpsAlongChannels;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  // 16 warps to hide latency, so at most 128 registers a thread. (The narrowest copies need more, for their addresses.)
+  // 16 warps to hide latency, so at most 128 registers a thread. The narrowest copies need more for their addresses:
+  // three blocks of 64x64, 12 warps.
   static constexpr int kBlocksPerProcessor = 16 / kWarps;
   // The epilogue passes 32 pixels of a warp's tile at a time through shared memory, as float32 at most, rows along pixels
   // padded to kPaddedPixels.
@@ -218,7 +219,7 @@ __device__ inline void store_rows(const float (*sum)[Tile::kWarpChannels / 8][4]
 
 // kAccess: bytes per copy into shared memory, such that the channels and strides of input and weight are multiples of it.
 template <typename T, typename Tile, int kAccess>
-__global__ void __launch_bounds__(Tile::kThreads, kAccess == 2 ? 1 : Tile::kBlocksPerProcessor)
+__global__ void __launch_bounds__(Tile::kThreads, kAccess == 2 ? 3 : Tile::kBlocksPerProcessor)
     atrous_conv2d_dense_kernel(const __grid_constant__ DenseParams<T> p) {
 #if PYSEG_PTX_SM80
   constexpr int kChunk = Tile::kRowBytes / sizeof(T);  // channels per iteration
