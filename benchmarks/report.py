@@ -275,7 +275,7 @@ def plot(results: dict[str, Any], path: Path) -> bool:
     axes.set_xlabel("times faster (dots: cases; bars: geometric means)")
     axes.set_title(f"pyseg beside its peers, {results['machine']['cpu']}, torch {results['versions'].get('torch', '')}")
     if rows:
-        axes.legend(loc="lower right", framealpha=0.9)
+        figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
     return True
 

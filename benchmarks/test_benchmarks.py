@@ -1,4 +1,4 @@
-"""The quick cases under pytest-benchmark: python -m pytest benchmarks --benchmark-group-by=param:case.
+"""The quick cases under pytest-benchmark, with 1 thread: python -m pytest benchmarks --benchmark-group-by=param:case.
 
 For statistics and comparisons between commits (--benchmark-autosave, --benchmark-compare). Contenders do not take turns
 here, so the figures that the project quotes come from run.py.
@@ -25,6 +25,7 @@ def test_speed(benchmark, case: str, contender: str) -> None:
     chosen = QUICK[case]
     (make,) = [other.make for other in chosen.build().contenders if other.name == contender]
     torch._dynamo.reset()
+    torch.set_num_threads(1)
     prepared = make()
     with torch.inference_mode() if chosen.inference else contextlib.nullcontext():
         prepared.call()  # what the first call allocates or builds is not measured

@@ -39,7 +39,7 @@ py::dict atrous_conv2d_plan(int64_t n, int64_t c_in, int64_t h, int64_t w, int64
   result["tiles"] = py::make_tuple(tiles(plan->y), tiles(plan->x));
   result["products"] = plan->products;
   result["taps"] = plan->taps;
-  result["speedup"] = plan->direct_cost / plan->cost;
+  result["speedup"] = plan->cost > 0 ? plan->direct_cost / plan->cost : 1.;
   return result;
 }
 

@@ -112,6 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
             "pyseg": lambda x=tensor: [output.numpy() for output in accelerated(x)],
         }
         with torch.inference_mode():
+            if not rows:
+                measure(programs, 1, "warming up")
             times, results = measure(programs, arguments.repeats, name)
         rows.append(table_row(name, times, results))
         write_picture(
@@ -281,14 +283,13 @@ def postprocess(probabilities, size: tuple[int, int]):
 
 def measure(programs: dict[str, Callable[[], list]], repeats: int, name: str) -> tuple[dict, dict]:
     """Median milliseconds of each program, taking turns, and what each returned."""
-    say(f"{name}: first calls")
-    results = {program: call() for program, call in programs.items()}
+    results = {}
     times: dict[str, list[float]] = {program: [] for program in programs}
     for i in range(repeats):
         for program, call in programs.items():
             say(f"{name}: {program}, {i + 1} of {repeats}")
             start = time.perf_counter()
-            call()
+            results[program] = call()
             times[program].append(time.perf_counter() - start)
     return {program: statistics.median(taken) * 1e3 for program, taken in times.items()}, results
 

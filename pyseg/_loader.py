@@ -28,7 +28,7 @@ def _diagnose(name: str, error: ImportError) -> str:
     if usable.isdisjoint(found):
         wanted = name + importlib.machinery.EXTENSION_SUFFIXES[0]
         return f"{', '.join(found)} was built for another Python, this one needs {wanted}: {_REBUILD}"
-    if "undefined symbol" in str(error):
+    if "undefined symbol" in str(error) and "pyseg" not in str(error).split("undefined symbol")[1]:
         return f"{name} does not fit torch {torch.__version__} in {Path(torch.__file__).parent} ({error}): {_REBUILD}"
     return f"{name} is there but does not load ({error}): {_REBUILD}"
 

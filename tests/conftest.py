@@ -9,10 +9,11 @@ import fnmatch
 import os
 from pathlib import Path
 
-import devices
 import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
+
+import devices
 from fakegpu_worker import FakeGpuChecks, WorkerProcess
 
 collect_ignore = ["fakegpu"]  # has its own runner: make -C tests/fakegpu check

@@ -10,6 +10,7 @@ import os
 import re
 
 import pytest
+
 from devices import fake_gpu
 
 

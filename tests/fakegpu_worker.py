@@ -15,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import devices
 import pytest
+
+import devices
 
 
 class WorkerProcess:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from planted import nvcc, planted_library
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from torch.nn.functional import conv2d
 torch.manual_seed(0)
 for dtype, tolerance in (torch.float32, 1e-4), (torch.float64, 1e-11), (torch.bfloat16, 3e-2):
     for groups, c_in, c_out in (1, 19, 21), (24, 24, 24):
-        for dilation in 1, 2, 5:
+        for dilation in 1, 4:
             for layout in torch.contiguous_format, torch.channels_last:
                 x = torch.randn(2, c_in, 23, 17).to(dtype, memory_format=layout).requires_grad_()
                 w = torch.randn(c_out, c_in // groups, 3, 3).to(dtype).requires_grad_()

@@ -6,8 +6,9 @@ import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
-import devices
 import pytest
+
+import devices
 from planted import nvcc, planted_library
 
 TESTS = Path(__file__).parent

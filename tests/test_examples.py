@@ -55,7 +55,7 @@ def test_photograph(network, tmp_path):
 
 
 def test_mask_is_sane(example, network):
-    """The cat is found: most of the middle, none of the upper corners; the same as onnxruntime finds."""
+    """The cat is found: most of the middle, none of the upper right corner; the same as onnxruntime finds."""
     torch = pytest.importorskip("torch")
     onnxruntime = pytest.importorskip("onnxruntime")
     chelsea = pytest.importorskip("skimage.data").chelsea()
@@ -76,7 +76,7 @@ def test_mask_is_sane(example, network):
     assert 0 <= mask.min() <= mask.max() <= 1
     height, width = mask.shape
     assert mask[height // 3 : 2 * height // 3, width // 3 : 2 * width // 3].mean() > 0.9
-    assert mask[: height // 10, : width // 10].mean() < 0.2
+    assert mask[: height // 10, -width // 10 :].mean() < 0.2
 
 
 def test_batch_norms_load_nothing_but_folded_weights(network):

@@ -81,7 +81,8 @@ def run_everything(folder: Path, self_tests: bool, pytest_arguments: list[str]) 
             "FAKEGPU_REPORT_FILE": str(folder / f"report_{sm}.jsonl"),
             "PYSEG_BUDGET_FILE": str(folder / f"budget_{sm}.jsonl"),
         }
-        options = f"-q -m cuda --tb=short --cuda-sm={sm} --cuda-orders=forward,reverse,random -p no:cacheprovider".split()
+        options = f"-q -m cuda --cuda-sm={sm} --cuda-orders=forward,reverse,random -p no:cacheprovider".split()
+        options += ["--tb=short", "--show-capture=stderr"]
         command = [sys.executable, "-m", "pytest", *options, *(pytest_arguments or ["tests"])]
         # 5: no test is meant for this capability
         jobs.append(Job(f"operator tests on sm_{sm}", command, settings, ok_statuses=(0, 5)))

@@ -3,8 +3,10 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -17,6 +19,8 @@ using Ints = std::vector<int64_t>;
 constexpr const char* kForward = "atrous_conv2d";
 constexpr const char* kBackward = "_atrous_conv2d_backward";
 constexpr const char* kPack = "_atrous_conv2d_pack";
+
+constexpr int64_t kMaxCoordinate = int64_t{1} << 29;
 
 inline Ints sizes_of(const torch::stable::Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
@@ -59,9 +63,17 @@ inline void check_map(const char* op, const char* name, const torch::stable::Ten
 
 inline void check_out(const torch::stable::Tensor& out, const torch::stable::Tensor& input, const Ints& sizes) {
   check_map(kForward, "out", out, input, sizes);
-  for (int d = 0; d < 4; ++d) {
-    PYSEG_CHECK(out.size(d) <= 1 || out.stride(d) != 0, kForward, ": out must not be expanded, got strides ",
-                out.strides());
+  PYSEG_CHECK(out.numel() == 0 || out.data_ptr() != input.data_ptr(), kForward, ": out must not be the input");
+  // Each dimension, from the shortest stride, must step over all that lies before it.
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (int d = 0; d < 4; ++d)
+    if (out.size(d) > 1) steps.emplace_back(out.stride(d), out.size(d));
+  std::sort(steps.begin(), steps.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : steps) {
+    PYSEG_CHECK(out.numel() == 0 || stride >= extent, kForward, ": out must not overlap itself, got sizes ",
+                out.sizes(), " and strides ", out.strides());
+    extent = stride * (size - 1) + extent;
   }
 }
 
@@ -76,9 +88,13 @@ inline Ints check_convolution(const char* op, const torch::stable::Tensor& input
               ": padding must be two integers that are not negative, got ", padding);
   PYSEG_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1, op,
               ": dilation must be two positive integers, got ", dilation);
+  // Coordinates are 32-bit numbers in places; so they cannot overflow.
+  for (const int64_t n : {padding[0], padding[1], dilation[0], dilation[1], input.size(2), input.size(3)})
+    PYSEG_CHECK(n < kMaxCoordinate, op, ": padding, dilation, H and W must be below 2^29, got padding ", padding,
+                ", dilation ", dilation, " and input ", input.sizes());
   const int64_t in = input.size(1), out = weight.size(0);
-  PYSEG_CHECK(groups == 1 || (groups == in && groups == out), op, ": groups must be 1 or C_in = C_out, got ", groups,
-              " with C_in = ", in, " and C_out = ", out);
+  PYSEG_CHECK(groups == 1 || (groups > 1 && groups == in && groups == out), op,
+              ": groups must be 1 or C_in = C_out, got ", groups, " with C_in = ", in, " and C_out = ", out);
   PYSEG_CHECK(weight.size(1) * groups == in, op, ": weight must be [C_out, C_in / groups, 3, 3] with C_in = ", in,
               " and groups = ", groups, ", got ", weight.sizes());
   const int64_t h = input.size(2) + 2 * padding[0] - 2 * dilation[0];

@@ -9,7 +9,7 @@ namespace pyseg::atrous {
 namespace {
 
 using Tile128x128 = DenseTile<128, 128, 64, 32, 3>;
-using Tile128x64 = DenseTile<128, 64, 64, 32, 4>;
+using Tile128x64 = DenseTile<128, 64, 64, 32, 3>;
 using Tile64x64 = DenseTile<64, 64, 32, 32, 4>;
 using Tile128x32 = DenseTile<128, 32, 32, 32, 4>;
 using Tile128x16 = DenseTile<128, 16, 32, 16, 4>;

@@ -4,7 +4,7 @@
 // Layout: input channels last (any pixel strides), weight [3, 3, C_out, C_in], output any strides, written with 16-byte
 // stores where it is channels last. In shared memory, rows of 64 bytes along C_in for each of the tile's pixels and
 // output channels; the 16-byte pieces of a row are swizzled so that copies, ldmatrix and the epilogue meet no bank twice.
-// Pixels are numbered in up to three column strips (see ColumnStrips), so that most blocks see only the columns where a
+// Pixels are numbered in up to three column strips (DenseParams::cut), so that most blocks see only the columns where a
 // side tap hits the map or only those where it misses it. A block computes kPixels x kChannels outputs; it leaves out the
 // taps that miss the map for all its pixels (Chen et al. 2017, 1706.05587, section 3.2: large rates degenerate), a warp
 // computes kWarpPixels x kWarpChannels of it, the threads copy a ring of kStages stages ahead with cp.async. Where the
@@ -36,7 +36,7 @@ struct DenseParams {
   int64_t out_n, out_c, out_h, out_w;  // output strides
   int64_t tap_offset[9];               // from a pixel's first tap to the others
   // Strip s holds the columns cut[s] <= x < cut[s + 1] of all images; its pixels, numbered image by image and row by row,
-  // start at number first[s]. Any cut may be empty.
+  // start at number first[s]. Any strip may be empty.
   int cut[4];
   uint32_t first[4];
   // Split sums: block (., s) multiplies channels_per_split channels only and leaves its sums in the s-th part of
@@ -59,6 +59,9 @@ struct DenseTile {
   static constexpr int kWarps = kPixels / kWarpPixels * kWarpsAlongChannels;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kSharedBytes = kStages * kStageBytes;
+  // 16 warps to hide latency, so at most 128 registers a thread. The narrowest copies need more for their addresses:
+  // three blocks of 64x64, 12 warps.
+  static constexpr int kBlocksPerProcessor = 16 / kWarps;
   // The epilogue passes 32 pixels of a warp's tile at a time through shared memory, as float32 at most, rows along pixels
   // padded to kPaddedPixels.
   static constexpr int kSlicePixels = 32;
@@ -95,8 +98,8 @@ __device__ inline Pixel pixel_of(uint32_t number, const DenseParams<T>& p) {
   return {row / p.out_height, row % p.out_height, p.cut[s] + (number - p.first[s]) % width};
 }
 
-// How kThreads threads copy kRows rows of 64 bytes to shared memory, kAccess bytes at a time.
-template <int kRows, int kThreads, int kAccess>
+// How kThreads threads copy kRows rows of 64 bytes to shared memory, kAccess bytes at a time. kReadAgain: through L1.
+template <int kRows, int kThreads, int kAccess, bool kReadAgain>
 struct RowCopy {
   static constexpr int kPiecesPerRow = 64 / kAccess;
   static constexpr int kRowStep = kThreads / kPiecesPerRow;
@@ -117,6 +120,8 @@ struct RowCopy {
       unsigned char* const to = shared + swizzled<64>(row(i), byte());
       if constexpr (kAccess == 2) {
         *reinterpret_cast<uint16_t*>(to) = valid(i) ? *reinterpret_cast<const uint16_t*>(source(i)) : uint16_t{0};
+      } else if constexpr (kAccess == 16 && !kReadAgain) {
+        ptx::cp_async_16(ptx::shared_address(to), source(i), valid(i));
       } else {
         ptx::cp_async<kAccess>(ptx::shared_address(to), source(i), valid(i));
       }
@@ -214,13 +219,14 @@ __device__ inline void store_rows(const float (*sum)[Tile::kWarpChannels / 8][4]
 
 // kAccess: bytes per copy into shared memory, such that the channels and strides of input and weight are multiples of it.
 template <typename T, typename Tile, int kAccess>
-__global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(const __grid_constant__ DenseParams<T> p) {
+__global__ void __launch_bounds__(Tile::kThreads, kAccess == 2 ? 3 : Tile::kBlocksPerProcessor)
+    atrous_conv2d_dense_kernel(const __grid_constant__ DenseParams<T> p) {
 #if PYSEG_PTX_SM80
   constexpr int kChunk = Tile::kRowBytes / sizeof(T);  // channels per iteration
   constexpr int kStep = 32 / sizeof(T);                // channels per mma
   constexpr int kPixelFragments = Tile::kWarpPixels / 16, kChannelFragments = Tile::kWarpChannels / 8;
-  using PixelCopy = RowCopy<Tile::kPixels, Tile::kThreads, kAccess>;
-  using ChannelCopy = RowCopy<Tile::kChannels, Tile::kThreads, kAccess>;
+  using PixelCopy = RowCopy<Tile::kPixels, Tile::kThreads, kAccess, true>;  // by other taps
+  using ChannelCopy = RowCopy<Tile::kChannels, Tile::kThreads, kAccess, false>;
   static_assert(PixelCopy::kPiecesPerRow == ChannelCopy::kPiecesPerRow, "one place in a row for both");
   __shared__ __align__(128) unsigned char ring[Tile::kSharedBytes];
 
@@ -254,6 +260,7 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
     }
   }
   const int64_t weight_row_bytes = static_cast<int64_t>(p.channels) * sizeof(T);
+  const int64_t weight_tap_bytes = p.out_channels * weight_row_bytes;
   const int weight_row = first_channel + ChannelCopy::row(0);
   const unsigned char* const weight_source =
       reinterpret_cast<const unsigned char*>(p.weight) + weight_row * weight_row_bytes + ChannelCopy::byte();
@@ -274,7 +281,7 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
     PixelCopy::start(
         stage, [&](int i) { return pixel_source[i] + tap_bytes; },
         [&](int i) { return exists && (pixel_taps[i] >> tap & 1); });
-    const unsigned char* const tap_source = weight_source + bytes + tap * p.out_channels * weight_row_bytes;
+    const unsigned char* const tap_source = weight_source + bytes + tap * weight_tap_bytes;
     ChannelCopy::start(
         stage + Tile::kPixels * Tile::kRowBytes,
         [&](int i) { return tap_source + i * ChannelCopy::kRowStep * weight_row_bytes; },
@@ -298,8 +305,8 @@ __global__ void __launch_bounds__(Tile::kThreads) atrous_conv2d_dense_kernel(con
   const int b_offset =
       Tile::kPixels * Tile::kRowBytes + swizzled<64>(warp_channel + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 16);
   float sum[kPixelFragments][kChannelFragments][4] = {};
-  int copy_slot = Tile::kStages - 1, read_slot = 0, taps_left = __popc(block_taps),
-      channels_left = channel_end - channel_begin;
+  int copy_slot = Tile::kStages - 1, read_slot = 0;
+  int taps_left = __popc(block_taps), channels_left = channel_end - channel_begin;
   for (int i = 0; i < iterations; ++i) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // stage i has arrived for all, and all have read stage i - 1, whose slot is filled next

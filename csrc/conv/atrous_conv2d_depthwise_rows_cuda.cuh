@@ -93,6 +93,8 @@ struct DepthwiseTile {
   __device__ __forceinline__ void load(uint4* tile) const {
     const int row_vectors = tiles.segments * tiles.segment_vectors;
     const int rows = (tiles.steps + 2) * tiles.phases;
+    const T* plane = origin - (x0 - args.pad_w);
+    const T* plane_end = plane + (args.height - 1) * args.input.h + args.width;
 #pragma unroll 2
     for (int item = threadIdx.x; item < rows * row_vectors; item += kRowsThreads) {
       const int row = item / row_vectors;
@@ -108,14 +110,17 @@ struct DepthwiseTile {
       uint4 bits = {0, 0, 0, 0};
       if (static_cast<unsigned>(y) < static_cast<unsigned>(args.height) && column > -kVector && column < args.width) {
         const T* from = origin + y * args.input.h + from_origin;
-        if (column >= 0 && column + kVector <= args.width) {
-          bits = *reinterpret_cast<const uint4*>(from);
-        } else {
+        // A vector may reach into the neighbouring rows of the plane, but not out of it.
+        const bool whole = from >= plane && from + kVector <= plane_end;
+        if (whole) bits = *reinterpret_cast<const uint4*>(from);
+        if (!whole || column < 0 || column + kVector > args.width) {
           T elements[kVector];
+          __builtin_memcpy(elements, &bits, kVectorBytes);
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
-            elements[i] =
-                static_cast<unsigned>(column + i) < static_cast<unsigned>(args.width) ? from[i] : narrow<T>(0);
+            const bool in_row = static_cast<unsigned>(column + i) < static_cast<unsigned>(args.width);
+            if (in_row && !whole) elements[i] = from[i];
+            if (!in_row) elements[i] = narrow<T>(0);
           }
           __builtin_memcpy(&bits, elements, kVectorBytes);
         }

@@ -86,6 +86,11 @@ std::shared_ptr<const DensePlan> make_plan(const DenseShape& s) {
     plan->reason = "exact=True forbids Winograd";
     return plan;
   }
+  constexpr int64_t kLongestAxis = 1 << 16;  // planning longer ones would take longer than it saves
+  if (std::max(s.h_out(), s.w_out()) > kLongestAxis) {
+    plan->reason = "an axis longer than 65536";
+    return plan;
+  }
   std::vector<AxisPlan> ys, xs;
   for (unsigned allowed = 0; allowed < (1u << kWinogradKinds); ++allowed) {
     ys.push_back(plan_axis(s.h, s.pad_h, s.dil_h, allowed));

@@ -253,20 +253,25 @@ __attribute__((noinline)) void depthwise_weight_grad_line(const T* const* line, 
   Vec<T> sum[9];
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) sum[t] = acc[t];
-  const auto add = [&](Vec<T> v, int64_t x) {
+  const auto add = [&](Vec<T> v, int64_t x, const auto& read) {
 #pragma GCC unroll 3
     for (int kx = 0; kx < 3; ++kx) {
-      sum[kx] += v * load(top + x + kx * d);
-      sum[3 + kx] += v * load(middle + x + kx * d);
-      sum[6 + kx] += v * load(bottom + x + kx * d);
+      sum[kx] += v * read(top + x + kx * d);
+      sum[3 + kx] += v * read(middle + x + kx * d);
+      sum[6 + kx] += v * read(bottom + x + kx * d);
     }
   };
   int64_t x = 0;
-  for (; x + kLanes<T> <= n; x += kLanes<T>) add(load(grad + x), x);
+  for (; x + kLanes<T> <= n; x += kLanes<T>) add(load(grad + x), x, [](const T* p) { return load(p); });
   if (x < n) {
-    T tail[kLanes<T>] = {};
-    for (int64_t i = x; i < n; ++i) tail[i - x] = grad[i];
-    add(load(tail), x);
+    // Lanes beyond the row count as zero on both sides: zero times an infinity that lies there would be NaN.
+    T tail[kLanes<T>] = {}, valid[kLanes<T>] = {};
+    for (int64_t i = x; i < n; ++i) {
+      tail[i - x] = grad[i];
+      valid[i - x] = T(1);
+    }
+    const auto mask = load(valid) != Vec<T>{};
+    add(load(tail), x, [&](const T* p) { return mask ? load(p) : Vec<T>{}; });
   }
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) acc[t] = sum[t];

@@ -98,7 +98,7 @@ class Direct {
       const int step_taps = int(smaller<int64_t>(tap_step, taps - tap));
       const int64_t k = smaller(k_step, g_.c_in - k0);
       const bool is_first = tap == 0 && k0 == 0;
-      const bool is_last = tap + step_taps >= taps && k0 + k >= g_.c_in;
+      const bool is_last = taps == 0 || (tap + step_taps >= taps && k0 + k >= g_.c_in);
       TileOperands<T> op;
       op.taps = step_taps;
       for (int64_t panel = 0; panel < panels; ++panel) {

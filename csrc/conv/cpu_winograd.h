@@ -430,23 +430,26 @@ class Winograd {
     return smaller(hi, lo + (row - lo + kRows - 1) / kRows * kRows);
   }
 
-  // Stage 1.
+  // Stage 1. Each panel is cut into parts, so that few panels keep many workers busy.
   void weights(int64_t k0, int64_t k, int64_t n0, int64_t n) {
-    for_each_part(workers_, n / kPanel, [&](int64_t worker, int64_t first, int64_t last) {
+    constexpr int64_t kParts = 8;
+    for_each_part(workers_, n / kPanel * kParts, [&](int64_t worker, int64_t first, int64_t last) {
       T* scratch = ws_ + bl_.pack + worker * 9 * bl_.k_block * kPanel;
-      for (int64_t p = first; p < last; ++p) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        const int64_t p = unit / kParts, panel = n0 / kPanel + p;
+        const int64_t from = k * (unit % kParts) / kParts, to = k * (unit % kParts + 1) / kParts;
         const T* taps;
         int64_t tap_stride;
-        const int64_t panel = n0 / kPanel + p;
         if (a_.weight.packed) {
-          taps = a_.weight.packed + (panel * 9 * g_.c_in + k0) * kPanel;
+          taps = a_.weight.packed + (panel * 9 * g_.c_in + k0 + from) * kPanel;
           tap_stride = g_.c_in * kPanel;
         } else {
-          pack_panel(a_.weight, g_.c_out, panel, k0, k, scratch, k * kPanel);
+          pack_panel(a_.weight, g_.c_out, panel, k0 + from, to - from, scratch, k * kPanel);
           taps = scratch;
           tap_stride = k * kPanel;
         }
-        transform_weights(taps, tap_stride, k, ws_ + bl_.u + p * k * kPanel, bl_.u_stride, tg_.pair_of);
+        T* u = ws_ + bl_.u + (p * k + from) * kPanel;
+        transform_weights(taps, tap_stride, to - from, u, bl_.u_stride, tg_.pair_of);
       }
     });
   }

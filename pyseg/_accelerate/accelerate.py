@@ -39,9 +39,9 @@ def accelerate(
     Args:
         model: any nn.Module, also a torch.fx.GraphModule; in the mode, dtype and on the device that it will run in.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them every convolution is
-            timed in each form and becomes the fastest one; the model as a whole is timed in the memory formats that
-            look promising, and where it is not faster than before it is left as it was. In training mode with the
-            backward pass. Without example inputs everything is changed that has a kernel, and nothing is measured.
+            timed in each form and becomes the fastest one, in the memory format that suits the model better; then the
+            model is timed as a whole, and where it is not faster than before it is left as it was. In training mode
+            with the backward pass. Without them everything is changed that has a kernel, and nothing is measured.
         channels_last: whether the weights, and by them the activations, change to channels_last; None: if that is
             faster (without example inputs: no).
         exact: forbid Winograd's algorithm, see pyseg.functional.atrous_conv2d.

@@ -173,8 +173,8 @@ def _read(graph: fx.Graph, root: nn.Module, sites: _Sites) -> None:
         if follower is not None and type(called[follower]) is nn.BatchNorm2d:
             site.norm, feeders[follower] = called[follower], module
             follower = _only_user(follower, called)
-        elif len(node.users) != 1:
-            site.reason = f"its output has {len(node.users)} users"
+        elif any(user in called and type(called[user]) is nn.BatchNorm2d for user in node.users):
+            site.reason = f"its batch norm shares its output with {len(node.users) - 1} others"
         if follower is not None and type(called[follower]) is nn.ReLU:
             site.relu, feeders[follower] = called[follower], module
         sites.convs[module].append(site)

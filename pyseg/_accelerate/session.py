@@ -12,18 +12,12 @@ from pyseg._accelerate.modules import Chain, FusedAtrousConv2d, Swaps
 from pyseg._accelerate.report import Report, Row
 from pyseg._accelerate.trial import Form, Stopwatch, Trial, forms_of, why_kernel_is_torchs
 
-# Variants whose estimated time is this much above the best one's are not worth running.
-_ESTIMATE_MARGIN = 1.15
 # Of outputs that went through a whole network, relative to their largest magnitude.
 _TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TOLERANCE = 1e-4
 # Some networks amplify rounding errors. Ours may be this many times the original's own: Winograd's are 4 times those of
 # the direct method at the most, and maxima of few outputs scatter.
 _ROUNDING_MARGIN = 10
-
-
-class _DoesNotRun(RuntimeError):
-    """The accelerated model raises where the original does not."""
 
 
 class Session:
@@ -50,66 +44,69 @@ class Session:
 
     def apply_unmeasured(self, channels_last: bool) -> Report:
         """Everything becomes the first of its forms."""
-        choice: dict[Chain, Form] = {chain: forms[0] for chain in self.chains if (forms := forms_of(chain))}
+        choice = self._first_forms()
         self.apply(choice, channels_last)
         return Report(
             self._rows(choice, None), _format_name(channels_last), notes=["without example inputs nothing was measured"]
         )
 
+    def _first_forms(self) -> dict[Chain, Form]:
+        return {chain: forms[0] for chain in self.chains if (forms := forms_of(chain))}
+
     # ---- measuring ----
 
-    def measure(
-        self,
-        example: Example,
-        channels_last: bool | None,
-        tolerance: float | None,
-        rounds: int,
-    ) -> Report:
+    def measure(self, example: Example, channels_last: bool | None, tolerance: float | None, rounds: int) -> Report:
         """Finds the fastest variant by trials, applies it and reports."""
         self._say("running the model as it is")
         expected = example.run()
         notes: list[str] = []
-        trials = self._trials(example, channels_last, notes)
-        best_estimate = min(map(self._estimate_ms, trials.values()), default=0.0)
-        outcomes = []
-        for in_channels_last, trial in trials.items():
-            choice = {chain: trial.choose(chain) for chain in self.chains}
-            if self._estimate_ms(trial) > _ESTIMATE_MARGIN * best_estimate:
-                notes.append(f"{_format_name(in_channels_last)} was not tried on the whole model: slower by estimate")
-            elif in_channels_last or any(choice.values()):
-                self._say(f"timing the whole model, {_format_name(in_channels_last)}")
-                try:
-                    outcome = self._race(example, trial, choice, in_channels_last, expected, tolerance, rounds)
-                except _DoesNotRun as error:
-                    if not in_channels_last or channels_last:
-                        raise
-                    notes.append(f"{_format_name(in_channels_last)} does not work: {error}")
-                else:
-                    outcomes.append((outcome, choice, in_channels_last))
-        return self._settle(outcomes, trials, notes)
+        if channels_last is None:
+            channels_last = self._prefers_channels_last(example, notes)
+        self._layout.set(channels_last)
+        try:
+            trial = Stopwatch(self.chains, example, self._exact, self._say).run()
+        finally:
+            self._layout.set(False)
+        choice = {chain: trial.choose(chain) for chain in self.chains}
+        if not any(choice.values()) and not (channels_last and self._layout):
+            return Report(self._rows(choice, trial), notes=[*notes, "nothing is faster than what the model has"])
+        self._say("timing the whole model")
+        report = self._race(example, trial, choice, channels_last, expected, tolerance, rounds)
+        report.notes = notes
+        if _speedup(report) > 1:
+            self.apply(choice, channels_last)
+        else:
+            notes.append("left as it was: as a whole the accelerated model is not faster")
+            report.memory_format = _format_name(False)
+            for row in report.rows:
+                row.became = ""
+        return report
 
-    def _trials(self, example: Example, channels_last: bool | None, notes: list[str]) -> dict[bool, Trial]:
-        """By memory format (channels_last or as it is): every convolution timed."""
-        formats = [False, True] if channels_last is None else [channels_last]
-        stopwatch = Stopwatch(self.chains, example, self._exact, self._say)
-        trials = {}
-        for in_channels_last in formats:
-            if in_channels_last and not self._layout and len(formats) > 1:
-                continue  # there are no weights to change
-            self._layout.set(in_channels_last)
+    def _prefers_channels_last(self, example: Example, notes: list[str]) -> bool:
+        """Whether the model is faster in channels_last, by one run of each with everything accelerated that can be."""
+        if not self._layout:
+            return False
+        choice = self._first_forms()
+        seconds = {}
+        for channels_last in (False, True):
+            name = _format_name(channels_last)
+            self._say(f"timing the memory formats: {name}")
+            self.apply(choice, channels_last)
             try:
-                trials[in_channels_last] = stopwatch.run()
+                example.seconds()  # packs the weights
+                seconds[channels_last] = example.seconds()
             except Exception as error:
-                if not in_channels_last or channels_last:
-                    raise
+                if not channels_last:
+                    raise _does_not_run(error) from error
                 # A model may insist on contiguous activations, with `view` for instance.
                 notes.append(f"channels_last does not work: {_first_line(error)}")
+                return False
             finally:
-                self._layout.set(False)
-        return trials
-
-    def _estimate_ms(self, trial: Trial) -> float:
-        return trial.seconds * 1e3 - sum(map(trial.gain_ms, self.chains))
+                self.undo()
+        notes.append(
+            f"all accelerated: {seconds[True] * 1e3:.1f} ms in channels_last, {seconds[False] * 1e3:.1f} ms as is"
+        )
+        return seconds[True] < seconds[False]
 
     def _race(
         self,
@@ -128,7 +125,7 @@ class Session:
             try:
                 got = example.run()
             except Exception as error:
-                raise _DoesNotRun(f"accelerate: the accelerated model fails: {_first_line(error)}") from error
+                raise _does_not_run(error) from error
             far, where = difference(expected, got)
             self._judge(example, expected, far, where, tolerance, rows)
 
@@ -166,28 +163,6 @@ class Session:
         if worst is not None and worst.difference:
             text += f"; of the convolutions, {worst.name} is off the most, by {worst.difference:.1e}"
         raise RuntimeError(text + "; the model is restored")
-
-    def _settle(
-        self, outcomes: list[tuple[Report, dict[Chain, Form], bool]], trials: dict[bool, Trial], notes: list[str]
-    ) -> Report:
-        """Applies the variant that gains the most, if any does."""
-        if not outcomes:
-            trial = next(iter(trials.values()), None)
-            nothing: dict[Chain, Form] = dict.fromkeys(self.chains)
-            return Report(self._rows(nothing, trial), notes=[*notes, "nothing is faster than what the model has"])
-        outcomes.sort(key=lambda outcome: _speedup(outcome[0]), reverse=True)
-        (best, choice, in_channels_last), *others = outcomes
-        for other, _, other_format in others:
-            notes.append(f"{_format_name(other_format)} would be {_speedup(other):.2f} times as fast as before")
-        if _speedup(best) > 1:
-            self.apply(choice, in_channels_last)
-        else:
-            notes.append("left as it was: as a whole the accelerated model is not faster")
-            for row in best.rows:
-                row.became = ""
-            best.memory_format = "unchanged"
-        best.notes = notes
-        return best
 
     # ---- reporting ----
 
@@ -249,6 +224,10 @@ def _new_name(chain: Chain, form: Form) -> str:
 
 def _format_name(channels_last: bool) -> str:
     return "channels_last" if channels_last else "unchanged"
+
+
+def _does_not_run(error: Exception) -> RuntimeError:
+    return RuntimeError(f"accelerate: the accelerated model fails, it is restored: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,9 +43,8 @@ class Timing:
 
 @dataclass
 class Trial:
-    """Timings of all chains in one memory format of the model."""
+    """Timings of all chains, in the memory format that the model has then."""
 
-    seconds: float = 0.0  # of the unaccelerated model in this memory format
     calls: dict[nn.Module, list[Timing]] = field(default_factory=dict)
 
     def choose(self, chain: Chain) -> Form:
@@ -61,42 +59,34 @@ class Trial:
             return FoldedConv2d  # in training mode it does just what the original does, and it gains in eval mode
         return best
 
-    def gain_ms(self, chain: Chain) -> float:
-        form = self.choose(chain)
-        return sum(timing.ms[None] - timing.ms.get(form, timing.ms[None]) for timing in self.calls.get(chain.conv, []))
-
 
 class Stopwatch:
     """Runs trials. Convolutions of the same geometry on inputs of the same shape and strides are timed once."""
 
-    def __init__(self, chains: list[Chain], example: Example, exact: bool, progress: Callable[[str], None]) -> None:
+    def __init__(self, chains: list[Chain], example: Example, exact: bool, say: Callable[[str], None]) -> None:
         self._chains = chains
         self._example = example
         self._exact = exact
-        self._progress = progress
+        self._say = say
         self._known: dict[Any, Timing] = {}
 
     def run(self) -> Trial:
         trial = Trial()
-        timing_took = 0.0
 
         def recorded(chain: Chain, input: Tensor) -> Tensor:
-            nonlocal timing_took
             conv = chain.conv
             key = _geometry(chain, input)
             if key not in self._known:
-                start = time.perf_counter()
                 self._known[key] = self._time(chain, input.detach())
-                timing_took += time.perf_counter() - start
             trial.calls.setdefault(conv, []).append(self._known[key])
-            self._progress(f"timed {len(trial.calls)} of {len(self._chains)} convolutions")
+            self._say(f"timed {len(trial.calls)} of {len(self._chains)} convolutions")
             return type(conv).forward(conv, input)
 
         try:
             for chain in self._chains:
                 # Not a hook: a convolution with hooks must not be folded, and that would go for this one, too.
                 chain.conv.__dict__["forward"] = functools.partial(recorded, chain)
-            trial.seconds = self._example.seconds() - timing_took
+            self._example.run()
         finally:
             for chain in self._chains:
                 chain.conv.__dict__.pop("forward", None)

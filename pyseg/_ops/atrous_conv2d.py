@@ -234,19 +234,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_shift = grad.sum((0, 2, 3))
         grad_bias = grad_shift if scale is None else grad_shift * scale
     if need_input or need_weight or need_scale:
-        scaled = weight if scale is None else weight * scale[:, None, None, None]
-        grad_input, raw = _BACKWARD(grad, input, scaled, *ctx.geometry, need_input, need_weight or need_scale)
-        if need_weight:
-            grad_weight = raw if scale is None else raw * scale[:, None, None, None]
-        if need_scale:
+        needed = (need_input, need_weight or need_scale)
+        if scale is None:
+            grad_input, grad_weight = _BACKWARD(grad, input, weight, *ctx.geometry, *needed)
+        else:
+            # In 16 bits neither scale * w nor R, which the scale has not made small yet, need be in range.
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            grad_scale = (raw.to(wide) * weight.to(wide)).sum((1, 2, 3))
-            if bias is not None:
-                grad_scale = grad_scale + bias.to(wide) * grad_shift.to(wide)
-            grad_scale = grad_scale.to(weight.dtype)
+            scale, weight = scale.to(wide), weight.to(wide)
+            scaled = weight * scale[:, None, None, None]
+            grad_input, raw = _BACKWARD(grad.to(wide), input.to(wide), scaled, *ctx.geometry, *needed)
+            grad_input = grad_input.to(input.dtype)
+            if need_weight:
+                grad_weight = (raw * scale[:, None, None, None]).to(input.dtype)
+            if need_scale:
+                grad_scale = (raw * weight).sum((1, 2, 3))
+                if bias is not None:
+                    grad_scale = grad_scale + bias.to(wide) * grad_shift.to(wide)
+                grad_scale = grad_scale.to(input.dtype)
     return (
         grad_input if need_input else None,
-        grad_weight,
+        grad_weight if need_weight else None,
         grad_bias if need_bias else None,
         grad_scale,
         grad_shift if need_shift else None,
@@ -321,7 +328,9 @@ _LIBRARY.impl("_atrous_conv2d_pack", _pack_autograd, "Autograd", with_keyset=Tru
 def _register_autocast(op: torch._ops.OpOverload, device: str, key: str) -> None:
     """All tensors in autocast's dtype, as for torch's conv2d. (torch.library.register_autocast wants a fixed dtype.)"""
     autocast = getattr(torch._C.DispatchKey, key)
-    packed_index = [argument.name for argument in op._schema.arguments].index("packed")
+    names = [argument.name for argument in op._schema.arguments]
+    packed_index = names.index("packed")
+    kept = {i for i, name in enumerate(names) if name in ("packed", "out")}  # a cast `out` would take the result away
 
     def cast(argument: Any) -> Any:
         if not isinstance(argument, Tensor) or argument.device.type != device:
@@ -330,7 +339,7 @@ def _register_autocast(op: torch._ops.OpOverload, device: str, key: str) -> None
         return argument.to(torch.get_autocast_dtype(device)) if eligible else argument
 
     def cast_and_call(_: Any, *args: Any) -> Any:
-        arguments = [argument if i == packed_index else cast(argument) for i, argument in enumerate(args)]
+        arguments = [argument if i in kept else cast(argument) for i, argument in enumerate(args)]
         packed, weight = arguments[packed_index], arguments[1]
         if packed is not None and packed.dtype != weight.dtype:
             arguments[packed_index] = None  # made from the weight before the cast: the operator packs anew

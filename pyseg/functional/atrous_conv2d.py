@@ -43,8 +43,8 @@ def atrous_conv2d(
         padding: one integer or (height, width), "same" or "valid".
         groups: as in torch.
         relu: clamp at zero, last. A NaN stays a NaN.
-        exact: forbid Winograd's algorithm, which the CPU uses in float32 where it is faster. Its error is at most 2e-5
-            of the output's largest magnitude, against 5e-6 without it; sums above about 1e35 overflow; one NaN or
+        exact: forbid Winograd's algorithm, which the CPU uses where it is faster, gradients too. Its error is at most
+            2e-5 of the output's largest magnitude, against 5e-6 without it; sums above about 1e35 overflow; one NaN or
             infinity in `input` makes NaN of the outputs in its tile, not only of those whose window holds it.
         packed: what `torch.ops.pyseg._atrous_conv2d_pack(weight)` returned, to save rearranging a dense weight for each
             call; whoever passes it sees to it that it is not stale, as pyseg.nn.AtrousConv2d does.

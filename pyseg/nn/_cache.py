@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,23 +60,27 @@ def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
         return False
     if tensors[0].is_cuda and (torch.cuda.is_current_stream_capturing() or any(t.is_inference() for t in tensors)):
         return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors)
 
 
 class _Stamp:
-    __slots__ = ("_state", "_tensor", "_values")
+    """What a tensor was like, and how to look at its values again: through NumPy, which is cheaper than torch."""
+
+    __slots__ = ("_bytes", "_sampled", "_state", "_sum", "_tensor")
 
     def __init__(self, tensor: Tensor):
         self._tensor = weakref.ref(tensor)
         self._state = _state(tensor)
-        self._values = None if tensor.is_cuda else _values(tensor)
+        self._sampled = None if tensor.is_cuda else _samples(tensor)
+        self._bytes = None if self._sampled is None else self._sampled.tobytes()
+        self._sum = _sum(tensor)
 
     def matches(self, tensor: Tensor) -> bool:
         if self._tensor() is not tensor or _state(tensor) != self._state:
             return False
-        if isinstance(self._values, Tensor):
-            return torch.equal(tensor, self._values)
-        return self._values is None or _values(tensor) == self._values
+        if self._sampled is not None and self._sampled.tobytes() != self._bytes:
+            return False
+        return self._sum is None or self._sum == _sum(tensor)
 
 
 def _match(stamps: list[_Stamp], tensors: tuple[Tensor, ...]) -> bool:
@@ -87,10 +92,20 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     return version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _values(tensor: Tensor) -> Tensor | list[float]:
-    count = tensor.numel()
-    if count <= _COMPARED_WHOLE:
-        return tensor.detach().clone()
+def _samples(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A view of the tensor's memory: all of a small tensor, elements spread over a large one."""
+    bare = tensor.detach()
+    values = (bare.view(torch.int16) if bare.dtype == torch.bfloat16 else bare).numpy()
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if values.size <= _COMPARED_WHOLE or extent != values.size:  # samples need a tensor without gaps
+        return values
     # Odd against the usual sizes (powers of two, nine taps), so that the samples do not all see the same tap.
-    samples = tensor.detach().as_strided((_SAMPLES,), (count // _SAMPLES - 1,)).tolist()
-    return [*samples, tensor.sum(dtype=torch.float64).item()] if tensor.is_inference() else samples
+    step = values.size // _SAMPLES - 1
+    return np.lib.stride_tricks.as_strided(values, (_SAMPLES,), (step * values.itemsize,), writeable=False)
+
+
+def _sum(tensor: Tensor) -> float | None:
+    """Of a large tensor whose operations leave no trace."""
+    if tensor.is_cuda or not tensor.is_inference() or tensor.numel() <= _COMPARED_WHOLE:
+        return None
+    return tensor.sum(dtype=torch.float64).item()

@@ -19,7 +19,7 @@ class AtrousConv2dPlan(NamedTuple):
 
     path: str  # torch, winograd, direct, depthwise (CPU and CUDA), implicit_gemm, plain (CUDA)
     reason: str
-    details: dict[str, Any]  # CPU: tiles, products, taps, direct_taps
+    details: dict[str, Any]  # CPU: tiles, products, taps, speedup
 
     def __str__(self) -> str:
         details = "".join(f", {name} {value}" for name, value in self.details.items())
@@ -219,9 +219,9 @@ class AtrousConv2d(nn.Conv2d):
     def plan(self, input_shape: tuple[int, ...]) -> AtrousConv2dPlan:
         """How an input of this shape [N, C_in, H, W] or [C_in, H, W] will be computed on the weight's device, and why.
 
-        For channels_last or contiguous inputs of the weight's dtype, outside autocast. The CPU's details count
-        multiplications per output element: `products` those of the plan, `taps` of the nine-tap convolution,
-        `direct_taps` those inside the map.
+        For channels_last or contiguous inputs of the weight's dtype, outside autocast. The CPU's details: `tiles` of
+        each axis by kind; per image and pair of channels the `products` that the path multiplies and the `taps` inside
+        the map, which the direct path would; `speedup` over the direct path as the cost model sees it.
         """
         if len(input_shape) not in (3, 4) or input_shape[-3] != self.in_channels:
             expected = f"[N, {self.in_channels}, H, W] or [{self.in_channels}, H, W]"

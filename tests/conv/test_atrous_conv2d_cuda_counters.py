@@ -101,7 +101,7 @@ def test_depthwise_rows_of_odd_width_keep_to_vectors(device, dtype):
     """Every row of a map 65 wide has another alignment."""
     x = random(1, 6, 65, 65, dtype=dtype, channels_last=False)
     weight = random(6, 1, 3, 3, dtype=dtype, channels_last=False, seed=2)
-    with cuda_budget("atrous_conv2d_depthwise_rows", launches=1, min_bytes=2 * x.nbytes, bytes_ratio=2.0):
+    with cuda_budget("atrous_conv2d_depthwise_rows", launches=1, min_bytes=2 * x.nbytes, bytes_ratio=1.6):
         y = conv(x.to(device), weight.to(device), (6, 6), (6, 6), 6)
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), None, 1, 6, 6, 6)
     assert_near(y, expected, TOLERANCE[dtype])
@@ -167,7 +167,7 @@ def test_weight_gradient_multiplies_only_what_is_on_the_map(device, dtype, c_in,
             f"atrous_conv2d_wgrad_tensor_cores<{NAMES[dtype]}, {tile}>",
             launches=1,
             min_bytes=bytes_read + bytes_written,
-            bytes_ratio=1.01,
+            bytes_ratio=1.1,  # pixels of an odd number of 16 bytes begin in the middle of a sector
             mma=products,
             mma_ratio=1,
             max_fma=0,

@@ -97,6 +97,21 @@ def training_step():
 
 
 @case
+def versions_of_what_was_written():
+    for foreach in (False, True):
+        p = torch.nn.Parameter(rand(3).cuda())
+        p.grad = torch.ones_like(p)
+        before = p._version
+        torch.optim.Adam([p], foreach=foreach).step()
+        assert p._version == before + 1, foreach
+    x = rand(3).cuda()
+    before = x._version
+    x.add_(1)
+    torch.add(x, x, out=x)
+    assert x._version == before + 2
+
+
+@case
 def channels_last_and_autocast():
     model = small_network().cuda()
     image = rand(2, 3, 9, 9).cuda().to(memory_format=torch.channels_last)
