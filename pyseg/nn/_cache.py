@@ -22,23 +22,38 @@ class Cached:
     a large tensor through `.data`, and on CUDA, where looking at values would synchronise, any edit through `.data`
     that leaves the tensor where it is. `clear` is for these. On CUDA nothing is kept for inference tensors.
 
+    Fused optimisers count no version either. So a call in which the tensors want gradients forgets the value, and on
+    CUDA nothing is kept from then on until `clear`, which modules call when they change between training and evaluation.
+
     Belongs to one module: copies and pickles of it start empty.
     """
 
-    __slots__ = ("_entry",)
+    __slots__ = ("_entry", "_retired")
 
     def __init__(self) -> None:
         self._entry: tuple[Any, list[_Stamp], Any] | None = None  # replaced as a whole, so that threads may share it
+        self._retired = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Cached, ())
 
     def clear(self) -> None:
         self._entry = None
+        self._retired = False
+
+    def retire(self, tensors: tuple[Tensor, ...]) -> None:
+        """Says that gradients will flow into the tensors, so that an optimiser is about to change them."""
+        self._entry = None
+        self._retired = tensors[0].is_cuda
 
     def get(self, tensors: tuple[Tensor, ...], key: Any, compute: Callable[[], Any]) -> Any:
         """`compute()`, or what it returned the last time if key and tensors are as they were then."""
-        if not _can_keep(tensors):
+        if not _is_plain_eager(tensors):
+            return compute()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            self.retire(tensors)
+            return compute()
+        if self._retired or (tensors[0].is_cuda and not _can_keep_on_cuda(tensors)):
             return compute()
         entry = self._entry
         if entry is not None and entry[0] == key and _match(entry[1], tensors):
@@ -50,17 +65,17 @@ class Cached:
         return value
 
 
-def _can_keep(tensors: tuple[Tensor, ...]) -> bool:
-    """Only without gradients and in plain eager mode: whoever traces would make a constant of the value."""
+def _is_plain_eager(tensors: tuple[Tensor, ...]) -> bool:
+    """Whoever traces, or runs the call under a mode of its own, would make a constant of the value."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    if tensors[0].is_cuda and (torch.cuda.is_current_stream_capturing() or any(t.is_inference() for t in tensors)):
-        return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors)
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def _can_keep_on_cuda(tensors: tuple[Tensor, ...]) -> bool:
+    return not (torch.cuda.is_current_stream_capturing() or any(tensor.is_inference() for tensor in tensors))
 
 
 class _Stamp:

@@ -162,9 +162,8 @@ class AtrousConv2d(nn.Conv2d):
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode on or off, as in torch. Training has no use for a packed weight: frees it."""
-        if mode:
-            self.clear_cache()
+        """Training mode on or off, as in torch. Forgets what was cached: in between parameters change."""
+        self.clear_cache()
         return super().train(mode)
 
     def _packed_weight(self, weight: Tensor) -> Tensor | None:
@@ -174,6 +173,8 @@ class AtrousConv2d(nn.Conv2d):
         if why_torch(weight, self.stride, self.groups, self.in_channels, weight.dtype, device) or self.groups != 1:
             return None
         if torch.is_grad_enabled() and weight.requires_grad:
+            if not torch.compiler.is_compiling():
+                self._packed.retire((weight,))
             return None  # a training step changes it anyway
         dtype = weight.dtype
         if dtype != torch.float64 and torch.is_autocast_enabled(device):

@@ -240,9 +240,9 @@ def samples(device, dtype=torch.float32, requires_grad=True):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(device, name):
-    for sample_name, arguments in samples(device):
-        if sample_name == name:
-            torch.library.opcheck(getattr(torch.ops.pyseg, name).default, arguments)
+    chosen = [arguments for sample_name, arguments in samples(device) if sample_name == name]
+    for arguments in chosen if device == "cpu" else chosen[:1]:
+        torch.library.opcheck(getattr(torch.ops.pyseg, name).default, arguments)
 
 
 @pytest.mark.parametrize("case", [dense(2, 3, 7, 5, 2), depthwise(2, 4, 6, 1)], ids=str)

@@ -175,6 +175,17 @@ def optimizer_step(module):
     torch.optim.Adam(module.parameters(), lr=0.1).step()
 
 
+def fused_optimizer_step(module):
+    # Fused optimisers write without counting a version. The gradient does not come from this module's last call.
+    with torch.enable_grad():
+        loss = module(torch.ones(1, 40, 5, 6, device=module.weight.device)).sum()
+    with torch.no_grad():
+        module(torch.ones(1, 40, 5, 6, device=module.weight.device))
+    loss.backward()
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(module.weight):
+        module.weight.add_(module.weight.grad)
+
+
 def swap_data_twice(module):
     # The second allocation may lie where the first one did, and no version was counted.
     for _ in range(2):
@@ -194,6 +205,7 @@ CHANGES = {
     "swap_data_twice": swap_data_twice,
     "parameter": replace_parameter,
     "optimizer": optimizer_step,
+    "fused_optimizer": fused_optimizer_step,
     "half_and_back": lambda m: m.half().float(),
     "channels_last": lambda m: m.to(memory_format=torch.channels_last),
 }
