@@ -23,7 +23,7 @@ class Cached:
     that leaves the tensor where it is. `clear` is for these. On CUDA nothing is kept for inference tensors.
 
     Fused optimisers count no version either. So a call in which the tensors want gradients forgets the value, and on
-    CUDA nothing is kept from then on until `clear`, which modules call when they change between training and evaluation.
+    CUDA nothing is kept from then on until `clear`, which modules call when they change between training and eval mode.
 
     Belongs to one module: copies and pickles of it start empty.
     """
