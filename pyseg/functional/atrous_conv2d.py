@@ -57,8 +57,9 @@ def atrous_conv2d(
 
     3x3 kernels with stride 1 on the CPU and CUDA run here, either dense (groups=1) or depthwise (groups = C_in =
     C_out); all others go to torch's conv2d, followed by the same epilogue. Differentiable any number of times in
-    input, weight, bias, scale and shift. On both devices the same bits come out in every run, on the CPU for every
-    number of threads. float32 on CUDA obeys torch's tf32 switches for cuDNN convolutions.
+    input, weight, bias, scale and shift; torch.func.vmap works, torch.func.grad raises (torch has no such transform of
+    operators with Python autograd). On both devices the same bits come out in every run, on the CPU for every number of
+    threads. float32 on CUDA obeys torch's tf32 switches for cuDNN convolutions.
     O(N * C_out * C_in / groups * H_out * W_out * 9) time at most; taps that see nothing but padding are left out.
 
     Raises:

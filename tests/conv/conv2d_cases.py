@@ -92,8 +92,8 @@ def vectors(channels, dtype, device, seed=10, names=("bias", "scale", "shift")) 
 
 def oracle(input, weight, case, **epilogue) -> Tensor:
     """The reference in float64, on the CPU, of the very values that the operator gets."""
-    wide = {k: v.double().cpu() if isinstance(v, Tensor) else v for k, v in epilogue.items()}
-    return pyseg.reference.atrous_conv2d(input.double().cpu(), weight.double().cpu(), **wide, **case.geometry)
+    wide = {k: v.cpu().double() if isinstance(v, Tensor) else v for k, v in epilogue.items()}
+    return pyseg.reference.atrous_conv2d(input.cpu().double(), weight.cpu().double(), **wide, **case.geometry)
 
 
 def magnitude(input, weight, case) -> float:
@@ -121,7 +121,7 @@ def check(case, *, dtype=torch.float32, device="cpu", layout="channels_last", we
     bound = bound or (EXACT_BOUNDS if exact else BOUNDS)[dtype]
     # Of the convolution's largest magnitude, not of what ReLU and shift may have left of it.
     largest = max(expected.abs().max().item(), oracle(input, weight, case).abs().max().item())
-    error = (output.double().cpu() - expected).abs().max().item()
+    error = (output.cpu().double() - expected).abs().max().item()
     scales = more["scale"].abs().max().item() if "scale" in more else 1.0
     assert error <= bound * largest * max(1.0, scales), f"{error / largest:.2e} of the largest magnitude"
 
@@ -130,10 +130,10 @@ def check_backward(case, *, dtype=torch.float32, device="cpu", layout="channels_
     """Both gradients of the bare convolution against autograd's derivatives of the reference in float64."""
     input = make(case.input_shape, dtype, device, layout, seed)
     weight = make(case.weight_shape, dtype, device, "contiguous", seed + 1)
-    wide = [tensor.double().cpu().requires_grad_() for tensor in (input, weight)]
+    wide = [tensor.cpu().double().requires_grad_() for tensor in (input, weight)]
     output = pyseg.reference.atrous_conv2d(*wide, **case.geometry)
     grad = make(output.shape, dtype, device, layout, seed + 2)
-    expected = torch.autograd.grad(output, wide, grad.double().cpu())
+    expected = torch.autograd.grad(output, wide, grad.cpu().double())
     arguments = (case.padding, case.dilation, case.groups, exact, False, True, True)
     gradients = torch.ops.pyseg._atrous_conv2d_backward(grad, input, weight, *arguments)
     bound = bound or (EXACT_BOUNDS if exact else BOUNDS)[dtype]
@@ -141,5 +141,5 @@ def check_backward(case, *, dtype=torch.float32, device="cpu", layout="channels_
         assert got.shape == want.shape, name
         assert got.dtype == dtype, name
         if want.numel():
-            error = (got.double().cpu() - want).abs().max().item()
+            error = (got.cpu().double() - want).abs().max().item()
             assert error <= bound * want.abs().max().item() + 1e-30, f"{name}: {error / want.abs().max().item():.2e}"

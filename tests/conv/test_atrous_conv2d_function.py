@@ -204,8 +204,8 @@ def test_tf32_reaches_the_kernel(device, allowed):
     torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
     case = dense(1, 16, 6, 16, 1)
     x, w = make(case.input_shape, device=device, layout="channels_last"), make(case.weight_shape, device=device)
-    y = atrous_conv2d(x, w, padding=1).double().cpu()
-    expected = F.conv2d(x.double().cpu(), w.double().cpu(), padding=1)
+    y = atrous_conv2d(x, w, padding=1).cpu().double()
+    expected = F.conv2d(x.cpu().double(), w.cpu().double(), padding=1)
     error = ((y - expected).abs().max() / expected.abs().max()).item()
     if device == "cuda" and allowed:
         assert 2e-5 < error < 2e-3

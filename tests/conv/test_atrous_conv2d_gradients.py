@@ -117,14 +117,14 @@ def test_gradient_of_one_argument(device, case, index):
     tensors[index].requires_grad_()
     names = ("bias", "scale", "shift")
     function(case)(*tensors).square().sum().backward()
-    wide = [tensor.detach().double().cpu() for tensor in tensors]
+    wide = [tensor.detach().cpu().double() for tensor in tensors]
     wide[index].requires_grad_()
     x, w, *more = wide
     oracle_of = torch.nn.functional.conv2d(x, w, **case.geometry)
     bias, scale, shift = (dict(zip(names, more, strict=True))[name].view(-1, 1, 1) for name in names)
     ((oracle_of + bias) * scale + shift).relu().square().sum().backward()
     assert [tensor.grad is None for tensor in tensors] == [i != index for i in range(5)]
-    torch.testing.assert_close(tensors[index].grad.double().cpu(), wide[index].grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors[index].grad.cpu().double(), wide[index].grad, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_of_relu_at_zero_and_nan():
@@ -146,11 +146,11 @@ def test_gradient_from_expanded_and_strided_grad(device):
     factor = make((2, 4, 6, 5), device=device)
     output = function(case, relu=False)(x, w)
     (output.sum() + (output.transpose(2, 3) * factor).sum()).backward()
-    expected_grad = (1 + factor.transpose(2, 3)).double().cpu()
-    wide = [tensor.detach().double().cpu().requires_grad_() for tensor in (x, w)]
+    expected_grad = (1 + factor.transpose(2, 3)).cpu().double()
+    wide = [tensor.detach().cpu().double().requires_grad_() for tensor in (x, w)]
     gradients = torch.autograd.grad(oracle(*wide, case), wide, expected_grad)
     for got, want in zip((x.grad, w.grad), gradients, strict=True):
-        torch.testing.assert_close(got.double().cpu(), want, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-4)
 
 
 def test_out_refuses_gradients(device):

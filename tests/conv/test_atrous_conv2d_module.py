@@ -29,15 +29,15 @@ def twins(*arguments, device="cpu", **keywords) -> tuple[AtrousConv2d, nn.Conv2d
 def expected_of(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """What torch makes of the module's present parameters, on the CPU in float64."""
     padding = module.padding
-    bias = None if module.bias is None else module.bias.detach().double().cpu()
-    weight = module.weight.detach().double().cpu()
-    return nn.functional.conv2d(x.double().cpu(), weight, bias, module.stride, padding, module.dilation, module.groups)
+    bias = None if module.bias is None else module.bias.detach().cpu().double()
+    weight = module.weight.detach().cpu().double()
+    return nn.functional.conv2d(x.cpu().double(), weight, bias, module.stride, padding, module.dilation, module.groups)
 
 
 def assert_current(module, x, tolerance=1e-4):
     """The module's output belongs to the parameters that it has now."""
     torch.testing.assert_close(
-        module(x).detach().double().cpu(), expected_of(module, x), rtol=tolerance, atol=tolerance
+        module(x).detach().cpu().double(), expected_of(module, x), rtol=tolerance, atol=tolerance
     )
 
 
@@ -267,9 +267,9 @@ def test_frozen_weight_with_gradient_for_the_input(packed_module):
     x = x.clone().requires_grad_()
     module(x).sum().backward()
     assert packs(module)
-    wide = x.detach().double().cpu().requires_grad_()
+    wide = x.detach().cpu().double().requires_grad_()
     expected_of(module, wide).sum().backward()
-    torch.testing.assert_close(x.grad.double().cpu(), wide.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.cpu().double(), wide.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_in_inference_mode_then_training(device):
@@ -310,7 +310,7 @@ def test_autocast_packs_for_its_dtype(packed_module, device, dtype):
         assert module._packed._entry[2].dtype == dtype
         assert torch.equal(y, module(x))
     assert y.dtype == dtype
-    torch.testing.assert_close(y.double().cpu(), expected_of(module, x), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(y.cpu().double(), expected_of(module, x), rtol=0.02, atol=0.02)
     with torch.no_grad():
         assert_current(module, x)
 
@@ -396,9 +396,9 @@ def test_functional_call(packed_module):
     weight = torch.randn_like(module.weight)
     with torch.no_grad():
         y = torch.func.functional_call(module, {"weight": weight}, (x,))
-        bias = module.bias.double().cpu()
-        expected = nn.functional.conv2d(x.double().cpu(), weight.double().cpu(), bias, padding=1)
-        torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-4, atol=1e-4)
+        bias = module.bias.cpu().double()
+        expected = nn.functional.conv2d(x.cpu().double(), weight.cpu().double(), bias, padding=1)
+        torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-4, atol=1e-4)
         assert_current(module, x)
 
 
@@ -445,7 +445,7 @@ def test_cuda_graph_follows_its_weights(device):
             y = module(x)
         module.weight.mul_(2)
         graph.replay()
-        torch.testing.assert_close(y.double().cpu(), expected_of(module, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y.cpu().double(), expected_of(module, x), rtol=1e-4, atol=1e-4)
 
 
 # ---- folded batch norm ----
