@@ -13,6 +13,7 @@ import pyseg
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("baseline", "avx2", "avx512")
 
+
 def run(target: str, program: str) -> subprocess.CompletedProcess:
     environment = dict(os.environ, PYSEG_CPU_CAPABILITY=target)
     command = [sys.executable, "-c", program]
