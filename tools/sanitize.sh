@@ -5,24 +5,31 @@ cd "$(dirname "$0")/.."
 python=$1
 library() { g++ -print-file-name="$1"; }
 
-# Address and undefined behaviour: all CPU tests of the operators, of each kind of input.
-# libstdc++ is preloaded too, or the sanitizer does not find the function that throws exceptions.
+# tests VARIANT ARGUMENTS...: pytest with the package of that variant. PYTHONSAFEPATH keeps the tree's own pyseg away. The
+# process ends without Python's last collection of garbage, which takes longer under a sanitizer than many tests.
 tests() {
   local site=$PWD/build/$1/site
   shift
-  # Under PYTHONSAFEPATH the tree's own pyseg is not imported, here or in a child process.
-  PYTHONPATH=$site PYTHONSAFEPATH=1 "$python" -m pytest -o pythonpath="$site" -o addopts= -q -p no:cacheprovider \
-    -m "not cuda" "$@"
+  PYTHONPATH=$site PYTHONSAFEPATH=1 "$python" -c '
+import os, sys, pytest
+status = pytest.main(sys.argv[1:])
+sys.stdout.flush()
+os._exit(status)' -o pythonpath="$site" -o addopts= -q -p no:cacheprovider -m "not cuda" "$@"
 }
 
+# Left out everywhere: tests of sizes that take minutes in instrumented code, of the choice among CPU targets (these
+# builds have one), of memory use (a sanitizer's own counts too).
+slow="test_large or backward_large or 2048 or cpu_capability or memory_is_given_back"
+
 echo "sanitize: address, undefined"
+# libstdc++ is preloaded too, or the sanitizer does not find the function that throws exceptions.
 LD_PRELOAD="$(library libasan.so) $(library libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  tests address tests/conv
+  tests address tests/conv -k "not ($slow)"
 
-# Threads: one test of each path is enough, as every path has few parallel loops.
+# Threads: each path, dense and depthwise, forward and backward, in each layout and dtype.
 echo "sanitize: thread"
 gcc -O1 -shared -fPIC tools/tsan_gomp.c -o build/thread/tsan_gomp.so
 LD_PRELOAD="$(library libtsan.so) $PWD/build/thread/tsan_gomp.so" \
   TSAN_OPTIONS=halt_on_error=1 \
-  tests thread tests/conv
+  tests thread tests/conv -k "(devices or dtypes or layouts or threads) and not ($slow)"

@@ -10,9 +10,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "common/cuda_device.h"
 #include "common/memory_format.h"
+#include "conv/atrous_conv2d_check.h"
 #include "conv/atrous_conv2d_cuda.h"
 
 namespace pyseg::atrous {
@@ -20,72 +20,32 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-
-constexpr const char* kForward = "atrous_conv2d";
-constexpr const char* kBackward = "_atrous_conv2d_backward";
-constexpr const char* kPack = "_atrous_conv2d_pack";
 
 // --- Checks
 
-DType dtype_of(const char* op, const Tensor& t) {
+DType dtype_of(const Tensor& t) {  // check_dtype has seen it
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat;
     case ScalarType::Double: return DType::kDouble;
     case ScalarType::Half: return DType::kHalf;
     case ScalarType::BFloat16: return DType::kBFloat16;
-    default: throw_error(op, ": input must be float32, float64, float16 or bfloat16");
+    default: return DType::kFloat;
   }
-}
-
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& input) {
-  PYSEG_CHECK(t.scalar_type() == input.scalar_type(), op, ": ", name, " must have the dtype of input");
-  PYSEG_CHECK(t.is_cuda() && t.get_device_index() == input.get_device_index(), op, ": ", name,
-              " must be on the device of input");
-}
-
-void check_vector(const char* name, const OptTensor& t, const Tensor& input, int64_t channels) {
-  if (!t) return;
-  check_like(kForward, name, *t, input);
-  PYSEG_CHECK(t->dim() == 1 && t->size(0) == channels, kForward, ": ", name, " must be [C_out] = [", channels,
-              "], got ", t->sizes());
-}
-
-void check_weight(const char* op, const Tensor& weight) {
-  PYSEG_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
-              ": weight must be [C_out, C_in / groups, 3, 3], got ", weight.sizes());
 }
 
 Shape check_shape(const char* op, const Tensor& input, const Tensor& weight, const Ints& padding, const Ints& dilation,
                   int64_t groups) {
-  PYSEG_CHECK(input.dim() == 4, op, ": input must be [N, C_in, H, W], got ", input.sizes());
-  check_weight(op, weight);
-  dtype_of(op, input);
-  check_like(op, "weight", weight, input);
-  PYSEG_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, op,
-              ": padding must be two integers that are not negative, got ", padding);
-  PYSEG_CHECK(dilation.size() == 2 && dilation[0] >= 1 && dilation[1] >= 1, op,
-              ": dilation must be two positive integers, got ", dilation);
-  const int64_t in = input.size(1), out = weight.size(0);
-  PYSEG_CHECK(groups == 1 || (groups == in && groups == out), op, ": groups must be 1 or C_in = C_out, got ", groups,
-              " with C_in = ", in, " and C_out = ", out);
-  PYSEG_CHECK(weight.size(1) * groups == in, op, ": weight must be [C_out, C_in / groups, 3, 3] with C_in = ", in,
-              " and groups = ", groups, ", got ", weight.sizes());
+  const Ints out = check_convolution(op, input, weight, padding, dilation, groups);
   const Shape s{.batch = input.size(0),
-                .channels = in,
+                .channels = input.size(1),
                 .height = input.size(2),
                 .width = input.size(3),
-                .out_channels = out,
-                .out_height = input.size(2) + 2 * padding[0] - 2 * dilation[0],
-                .out_width = input.size(3) + 2 * padding[1] - 2 * dilation[1],
+                .out_channels = out[1],
+                .out_height = out[2],
+                .out_width = out[3],
                 .pad_h = padding[0],
                 .pad_w = padding[1],
                 .dilation_h = dilation[0],
                 .dilation_w = dilation[1]};
-  PYSEG_CHECK(s.out_height >= 0 && s.out_width >= 0, op, ": output size would be [", s.out_height, ", ", s.out_width,
-              "]: input [", s.height, ", ", s.width, "] is too small for dilation ", dilation, " and padding ",
-              padding);
   // Kernels count channels, and the pixels of one map, in 32 bits, tiles at the end included.
   for (int64_t size : {s.channels, s.out_channels, s.height * s.width, s.out_height * s.out_width}) {
     PYSEG_CHECK(size < INT32_MAX - 1024, op, ": channels and pixels of a map must be below 2^31 - 1024, got ", size);
@@ -235,7 +195,7 @@ struct ForwardInputs {
 
 void run_forward(const ForwardInputs& in, const Shape& shape, const Tensor& out) {
   if (out.numel() == 0) return;
-  const DType dtype = dtype_of(kForward, in.input);
+  const DType dtype = dtype_of(in.input);
   const Launches launches(kForward, in.input);
   const OptTensor bias = as_contiguous(launches, in.bias, dtype), scale = as_contiguous(launches, in.scale, dtype),
                   shift = as_contiguous(launches, in.shift, dtype);
@@ -284,14 +244,7 @@ void atrous_conv2d_out(Tensor input, Tensor weight, OptTensor bias, OptTensor sc
                        Tensor out) {
   const ForwardInputs in{input, weight, bias, scale, shift, packed, groups, relu, allow_tf32};
   const Shape s = check_forward(in, padding, dilation);
-  check_like(kForward, "out", out, input);
-  const Ints sizes{s.batch, s.out_channels, s.out_height, s.out_width};
-  PYSEG_CHECK(out.dim() == 4 && Ints(out.sizes().begin(), out.sizes().end()) == sizes, kForward, ": out must be ",
-              sizes, ", got ", out.sizes());
-  for (int d = 0; d < 4; ++d) {
-    PYSEG_CHECK(out.size(d) <= 1 || out.stride(d) != 0, kForward, ": out must not be expanded, got strides ",
-                out.strides());
-  }
+  check_out(out, input, {s.batch, s.out_channels, s.out_height, s.out_width});
   run_forward(in, s, out);
 }
 
@@ -299,11 +252,8 @@ std::tuple<Tensor, Tensor> atrous_conv2d_backward(Tensor grad_output, Tensor inp
                                                   Ints dilation, int64_t groups, bool /*exact*/, bool allow_tf32,
                                                   bool need_input, bool need_weight) {
   const Shape s = check_shape(kBackward, input, weight, padding, dilation, groups);
-  check_like(kBackward, "grad_output", grad_output, input);
-  const Ints sizes{s.batch, s.out_channels, s.out_height, s.out_width};
-  PYSEG_CHECK(grad_output.dim() == 4 && Ints(grad_output.sizes().begin(), grad_output.sizes().end()) == sizes,
-              kBackward, ": grad_output must be ", sizes, ", got ", grad_output.sizes());
-  const DType dtype = dtype_of(kBackward, input);
+  check_map(kBackward, "grad_output", grad_output, input, {s.batch, s.out_channels, s.out_height, s.out_width});
+  const DType dtype = dtype_of(input);
   const Launches launches(kBackward, input);
   const bool dense = groups == 1;
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);
@@ -360,7 +310,8 @@ std::tuple<Tensor, Tensor> atrous_conv2d_backward(Tensor grad_output, Tensor inp
 
 Tensor atrous_conv2d_pack(Tensor weight) {
   check_weight(kPack, weight);
-  const DType dtype = dtype_of(kPack, weight);
+  check_dtype(kPack, "weight", weight);
+  const DType dtype = dtype_of(weight);
   return pack_weight(Launches(kPack, weight), weight, dtype, false);
 }
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from pyseg._accelerate.chains import Found, find_convolutions
 from pyseg._accelerate.layout import ChannelsLast
@@ -24,6 +25,7 @@ class Session:
     """One accelerate() call."""
 
     def __init__(self, model: nn.Module, exact: bool, say: Callable[[str], None]) -> None:
+        self._model = model
         self._found = find_convolutions(model)
         self._exact = exact
         self._say = say
@@ -84,6 +86,9 @@ class Session:
 
     def _prefers_channels_last(self, example: Example, notes: list[str]) -> bool:
         """Whether the model is faster in channels_last, by one run of each with everything accelerated that can be."""
+        if any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self._model.modules()):
+            notes.append("memory format left alone: dropout draws its numbers in the order of memory")
+            return False
         if not self._layout:
             return False
         choice = self._first_forms()

@@ -240,10 +240,11 @@ def test_plain_leaves_taps_out(device, dtype, channels_last):
 
 @pytest.mark.sm(75)
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=str)
-def test_sixteen_bits_on_old_devices(device, dtype):
-    x = random(1, 24, 9, 11, dtype=dtype)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "NCHW"])
+def test_sixteen_bits_on_old_devices(device, dtype, channels_last):
+    x = random(1, 24, 9, 11, dtype=dtype, channels_last=channels_last)
     weight = random(40, 24, 3, 3, dtype=dtype, channels_last=False, seed=2)
-    grad = random(1, 40, 9, 11, dtype=dtype, seed=3)
+    grad = random(1, 40, 9, 11, dtype=dtype, channels_last=channels_last, seed=3)
     with (
         cuda_budget(f"atrous_conv2d_plain<{NAMES[dtype]}", launches=2, mma=0, bank_conflicts=1.01),
         cuda_budget(f"atrous_conv2d_wgrad_plain<{NAMES[dtype]}", launches=1, mma=0, bank_conflicts=1.01),
