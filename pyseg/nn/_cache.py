@@ -71,7 +71,7 @@ def _is_plain_eager(tensors: tuple[Tensor, ...]) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) for t in tensors)
 
 
 def _can_keep_on_cuda(tensors: tuple[Tensor, ...]) -> bool:
