@@ -23,7 +23,7 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// --- Kernels and threads
+// --- Kernels
 
 const ConvKernelTable& kernel_table() {
 #if defined(PYSEG_X86_TARGETS)
@@ -45,20 +45,6 @@ const ConvKernels<float>& kernels<float>() {
 template <>
 const ConvKernels<double>& kernels<double>() {
   return kernel_table().f64;
-}
-
-void run_workers(int64_t count, void (*body)(void*, int64_t), void* context) {
-  if (count == 1) return body(context, 0);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) body(context, w);
-  });
-}
-
-// One worker a thread, but one in all where waking the others would take longer than the work.
-Workers workers_for(double multiply_adds) {
-  constexpr double kWorthAThread = 2e5;
-  const double most = std::max(1., multiply_adds / kWorthAThread);
-  return {int64_t(std::min(most, double(torch::stable::get_num_threads()))), run_workers};
 }
 
 // --- Layouts and dtypes

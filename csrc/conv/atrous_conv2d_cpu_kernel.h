@@ -4,15 +4,10 @@
 
 #include <cstdint>
 
+#include "common/workers.h"
 #include "conv/atrous_conv2d_math.h"
 
 namespace pyseg {
-
-// Runs body(context, worker) for every worker in 0..workers-1, on as many threads as there are.
-struct Workers {
-  int64_t count;
-  void (*run)(int64_t count, void (*body)(void* context, int64_t worker), void* context);
-};
 
 // A channels_last map: element (n, y, x, c) at data[n * image + y * row + x * pixel + c].
 template <typename T>

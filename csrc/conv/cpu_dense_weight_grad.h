@@ -11,7 +11,7 @@
 #include "conv/cpu_gemm.h"
 #include "conv/cpu_weight.h"
 #include "conv/cpu_winograd.h"
-#include "conv/cpu_workers.h"
+#include "common/cpu_workers.h"
 
 namespace pyseg {
 namespace PYSEG_TARGET {

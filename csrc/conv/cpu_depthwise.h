@@ -10,7 +10,7 @@
 #pragma once
 
 #include "conv/atrous_conv2d_cpu_kernel.h"
-#include "conv/cpu_workers.h"
+#include "common/cpu_workers.h"
 
 namespace pyseg {
 namespace PYSEG_TARGET {

@@ -7,7 +7,7 @@
 
 #include "conv/atrous_conv2d_cpu_kernel.h"
 #include "conv/cpu_gemm.h"
-#include "conv/cpu_workers.h"
+#include "common/cpu_workers.h"
 
 namespace pyseg {
 namespace PYSEG_TARGET {

@@ -1,7 +1,7 @@
 // Copies between NCHW and channels_last.
 #pragma once
 
-#include "conv/cpu_workers.h"
+#include "common/cpu_workers.h"
 
 namespace pyseg {
 namespace PYSEG_TARGET {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/simd.h"
-#include "conv/atrous_conv2d_cpu_kernel.h"
+#include "common/workers.h"
 
 namespace pyseg {
 namespace PYSEG_TARGET {
