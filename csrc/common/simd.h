@@ -5,6 +5,10 @@
 
 #include <cstdint>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
@@ -43,6 +47,30 @@ inline Vec<T> load(const T* p) {
 template <typename T>
 inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecTypes<T>::Unaligned*>(p) = v;
+}
+
+// Stores past the caches: for results larger than these, which would otherwise be read before they are overwritten. `p` is
+// aligned to a vector. Call stream_fence before another thread reads.
+#if defined(__AVX512F__)
+inline void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+#elif defined(__AVX2__)
+inline void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
+inline void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
+#elif defined(__SSE2__)
+inline void stream(float* p, Vec<float> v) { _mm_stream_ps(p, (__m128)v); }
+inline void stream(double* p, Vec<double> v) { _mm_stream_pd(p, (__m128d)v); }
+#else
+template <typename T>
+inline void stream(T* p, Vec<T> v) {
+  store(p, v);
+}
+#endif
+
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 template <typename T>

@@ -35,6 +35,10 @@ enum Functional : uint8_t {
 // kTaps + mask (1..7) is a tap set; kTaps itself (mask 0) is an output without any tap inside the map.
 enum TileKind : uint8_t { kF4, kF3, kF2, kE2, kTaps, kTileKinds = kTaps + 8 };
 
+// Both paths cut the sum over input channels; between the parts the sums rest in memory. The plan counts that.
+constexpr int64_t kDirectTerms = 384;   // direct path: terms (taps x channels) of a part; its rows and panel stay in L1
+constexpr int64_t kChannelBlock = 256;  // Winograd path: input (and output) channels of a large product
+
 constexpr int kMaxProducts = 6;
 constexpr int kMaxInputs = 6;
 constexpr int kMaxOutputs = 4;

@@ -18,8 +18,6 @@ constexpr double kCyclesPerTap = 15;             // the same, per tap of the dir
 constexpr double kCyclesPerTile = 350;           // a Winograd tile's addresses in both transforms
 constexpr double kCyclesPerValue = 6;            // of a transform, per product and vector of 8 channels
 constexpr double kCyclesPerWeight = 5;           // the weight transform, per functional pair and vector of 8 weights
-constexpr int64_t kDirectStep = 384;             // terms summed before the direct path stores (kReduction there)
-constexpr int64_t kWinogradStep = 256;           // and the Winograd path (kChannelBlock)
 
 struct Cost {
   double cycles;
@@ -42,7 +40,7 @@ Cost winograd_cost(const DenseShape& s, const AxisPlan& y, const AxisPlan& x) {
     }
   }
   const double k = double(s.c_in), n = padded_channels(s);
-  const double steps = std::ceil(k / kWinogradStep);
+  const double steps = std::ceil(k / kChannelBlock);
   double cycles = 0;
   for (auto& line : rows) {
     for (double r : line) {
@@ -58,7 +56,7 @@ Cost winograd_cost(const DenseShape& s, const AxisPlan& y, const AxisPlan& x) {
 
 double direct_cost(const DenseShape& s, int64_t taps) {
   const double pixels = double(s.h_out()) * double(s.w_out()) * s.n, k = double(s.c_in);
-  const double steps = std::ceil(k * taps / std::max(1., double(s.h_out()) * s.w_out()) / kDirectStep);
+  const double steps = std::ceil(k * taps / std::max(1., double(s.h_out()) * s.w_out()) / kDirectTerms);
   const double register_tiles = padded_channels(s) / 16 / 6;
   return register_tiles * (double(taps) * s.n * (6 * 16 * k / kProductsPerCycle + kCyclesPerTap) +
                            pixels * steps * kCyclesPerRegisterTile);

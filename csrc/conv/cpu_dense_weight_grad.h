@@ -6,12 +6,12 @@
 // the same multiplications as the forward pass does.
 #pragma once
 
+#include "common/cpu_workers.h"
 #include "conv/atrous_conv2d_cpu_kernel.h"
 #include "conv/cpu_direct.h"
 #include "conv/cpu_gemm.h"
 #include "conv/cpu_weight.h"
 #include "conv/cpu_winograd.h"
-#include "common/cpu_workers.h"
 
 namespace pyseg {
 namespace PYSEG_TARGET {
@@ -219,14 +219,7 @@ class WinogradWeightGrad {
     Blocking(const TileGroups& tg, const ConvGeometry& g, int64_t workers) {
       blocks = larger<int64_t>((tg.rows + kBlockRows - 1) / kBlockRows, 1);
       int64_t rows = 0;
-      for (int64_t b = 0; b < blocks; ++b) {
-        int64_t r = 0;
-        for (int i = 0; i < tg.groups; ++i) {
-          const int64_t tiles = TileBlock::cut(tg.tiles[i], b + 1, blocks) - TileBlock::cut(tg.tiles[i], b, blocks);
-          r += tiles * kTileSpecs[tg.kind_y[i]].products * kTileSpecs[tg.kind_x[i]].products;
-        }
-        rows = larger(rows, r + tg.pairs);
-      }
+      for (int64_t b = 0; b < blocks; ++b) rows = larger(rows, TileBlock::rows_in(tg, b, blocks) + tg.pairs);
       x = round_up(g.c_in + 1, kPanel);
       grad = x + rows * round_up(smaller(g.c_in, kChannelBlock), kPanel);
       scratch = grad + rows * round_up(smaller(g.c_out, kChannelBlock), kPanel);

@@ -9,8 +9,8 @@
 //                  for 36 multiply-adds. Pixels outside the map are read from a row of zeros.
 #pragma once
 
-#include "conv/atrous_conv2d_cpu_kernel.h"
 #include "common/cpu_workers.h"
+#include "conv/atrous_conv2d_cpu_kernel.h"
 
 namespace pyseg {
 namespace PYSEG_TARGET {
@@ -19,6 +19,8 @@ namespace {
 constexpr int64_t kLineSlack = 64;           // elements behind a line that vectors may read
 constexpr int64_t kDepthwiseChannels = 512;  // channels_last: channels that go through the map together
 constexpr int kRun = 4;                      // channels_last: outputs of a phase that share inputs
+constexpr int64_t kLine = 16;                // channels_last: channels of a cache line of floats
+constexpr int64_t kStreamBytes = 4 << 20;    // channels_last: larger outputs are stored past the caches
 
 // The three padded input rows of an output row, NCHW. Lines are reused while the output walks down a phase. The line of
 // the next output row is filled one row early: unaligned loads of what was stored just before would have to wait for it.
@@ -124,7 +126,7 @@ inline void depthwise_plane(const DepthwiseArgs<T>& a, LineRing<T>& ring, int64_
 
 // Outputs x, x + d, ... (RUN of them) of channels 0..n of one row. in[3 * column + ky] points at the inputs. Two vectors
 // at a time: with many channels all pixels share the same sets of L1, so a line must be used up when it is there.
-template <typename T, int RUN, int VECS>
+template <typename T, int RUN, int VECS, bool STREAM>
 inline void depthwise_run_vectors(const T* const* in, int64_t c, const T* w, int64_t w_stride, const T* shift,
                                   bool relu_on, T* const* out) {
   Vec<T> acc[RUN][VECS];
@@ -154,16 +156,24 @@ inline void depthwise_run_vectors(const T* const* in, int64_t c, const T* w, int
 #pragma GCC unroll 4
   for (int i = 0; i < RUN; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) store(out[i] + c + v * kLanes<T>, relu_on ? relu<T>(acc[i][v]) : acc[i][v]);
+    for (int v = 0; v < VECS; ++v) {
+      const Vec<T> y = relu_on ? relu<T>(acc[i][v]) : acc[i][v];
+      if constexpr (STREAM) {
+        stream(out[i] + c + v * kLanes<T>, y);
+      } else {
+        store(out[i] + c + v * kLanes<T>, y);
+      }
+    }
 }
 
-template <typename T, int RUN>
+template <typename T, int RUN, bool STREAM>
 __attribute__((noinline)) void depthwise_run(const T* const* in, int64_t n, const T* w, int64_t w_stride,
                                              const T* shift, bool relu_on, T* const* out) {
   int64_t c = 0;
   for (; c + 2 * kLanes<T> <= n; c += 2 * kLanes<T>)
-    depthwise_run_vectors<T, RUN, 2>(in, c, w, w_stride, shift, relu_on, out);
-  for (; c + kLanes<T> <= n; c += kLanes<T>) depthwise_run_vectors<T, RUN, 1>(in, c, w, w_stride, shift, relu_on, out);
+    depthwise_run_vectors<T, RUN, 2, STREAM>(in, c, w, w_stride, shift, relu_on, out);
+  for (; c + kLanes<T> <= n; c += kLanes<T>)
+    depthwise_run_vectors<T, RUN, 1, STREAM>(in, c, w, w_stride, shift, relu_on, out);
   for (; c < n; ++c) {
     for (int i = 0; i < RUN; ++i) {
       T sum = shift ? shift[c] : T(0);
@@ -175,7 +185,7 @@ __attribute__((noinline)) void depthwise_run(const T* const* in, int64_t n, cons
 }
 
 // One output row of channels c0..c0+n, channels_last. w: [9][w_stride], already at c0.
-template <typename T>
+template <typename T, bool STREAM>
 inline void depthwise_row(const DepthwiseArgs<T>& a, int64_t image, int64_t y, int64_t c0, int64_t n, const T* w,
                           int64_t w_stride, const T* zeros) {
   const ConvGeometry& g = a.g;
@@ -199,13 +209,22 @@ inline void depthwise_row(const DepthwiseArgs<T>& a, int64_t image, int64_t y, i
         for (int ky = 0; ky < 3; ++ky) in[3 * column + ky] = inside && rows[ky] ? rows[ky] + from * a.x.pixel : zeros;
       }
       switch (run) {
-        case 1: depthwise_run<T, 1>(in, n, w, w_stride, shift, a.relu, out); break;
-        case 2: depthwise_run<T, 2>(in, n, w, w_stride, shift, a.relu, out); break;
-        case 3: depthwise_run<T, 3>(in, n, w, w_stride, shift, a.relu, out); break;
-        case 4: depthwise_run<T, 4>(in, n, w, w_stride, shift, a.relu, out); break;
+        case 1: depthwise_run<T, 1, STREAM>(in, n, w, w_stride, shift, a.relu, out); break;
+        case 2: depthwise_run<T, 2, STREAM>(in, n, w, w_stride, shift, a.relu, out); break;
+        case 3: depthwise_run<T, 3, STREAM>(in, n, w, w_stride, shift, a.relu, out); break;
+        case 4: depthwise_run<T, 4, STREAM>(in, n, w, w_stride, shift, a.relu, out); break;
       }
     }
   }
+}
+
+template <typename T>
+inline bool streams_output(const DepthwiseArgs<T>& a) {
+  const ConvGeometry& g = a.g;
+  const auto aligned = [](int64_t elements) { return elements % kLanes<T> == 0; };
+  return g.n * g.h_out * g.w_out * g.c_in * int64_t(sizeof(T)) > kStreamBytes &&
+         reinterpret_cast<uintptr_t>(a.y.data) % kVectorBytes == 0 && aligned(a.y.image) && aligned(a.y.row) &&
+         aligned(a.y.pixel);
 }
 
 template <typename T>
@@ -230,6 +249,9 @@ inline void depthwise(const DepthwiseArgs<T>& a, T* workspace, const Workers& wo
     for (int64_t c = 0; c < g.c_in; ++c) w[t * g.c_in + c] = a.weight[c * 9 + t];
   for (int64_t i = 0; i < kDepthwiseChannels + kLineSlack; ++i) zeros[i] = T(0);
   const int64_t blocks = (g.c_in + kDepthwiseChannels - 1) / kDepthwiseChannels;
+  // Blocks of equal size, so that workers get equal shares; whole cache lines.
+  const int64_t width = ((g.c_in + blocks - 1) / blocks + kLine - 1) / kLine * kLine;
+  const auto row = streams_output(a) ? depthwise_row<T, true> : depthwise_row<T, false>;
   const int64_t phases = smaller(g.dil_h, g.h_out);
   // Units: image, channel block, phase of rows; few and large for rate 1, so those are cut by rows.
   const int64_t bands = phases == 1 ? smaller<int64_t>(g.h_out, 8) : 1;
@@ -237,11 +259,12 @@ inline void depthwise(const DepthwiseArgs<T>& a, T* workspace, const Workers& wo
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t band = unit % bands, phase = unit / bands % phases, block = unit / (bands * phases) % blocks;
       const int64_t image = unit / (bands * phases * blocks);
-      const int64_t c0 = block * kDepthwiseChannels, n = smaller(kDepthwiseChannels, g.c_in - c0);
+      const int64_t c0 = block * width, n = smaller(width, g.c_in - c0);
       const int64_t y0 = phases == 1 ? g.h_out * band / bands : phase;
       const int64_t y1 = phases == 1 ? g.h_out * (band + 1) / bands : g.h_out;
-      for (int64_t y = y0; y < y1; y += g.dil_h) depthwise_row(a, image, y, c0, n, w + c0, g.c_in, zeros);
+      for (int64_t y = y0; y < y1; y += g.dil_h) row(a, image, y, c0, n, w + c0, g.c_in, zeros);
     }
+    stream_fence();
   });
 }
 

@@ -2,18 +2,17 @@
 //
 // The map is cut into rectangles whose outputs have the same taps inside, so no product with a zero outside the map is ever
 // computed. Tiles of a rectangle's pixels go to the matrix product with the pixels that each tap reads as rows. The
-// reduction is cut into steps of at most kReduction terms (taps x channels); between steps the sums rest in y.
+// reduction is cut into steps of at most kDirectTerms terms (taps x channels); between steps the sums rest in y.
 #pragma once
 
+#include "common/cpu_workers.h"
 #include "conv/atrous_conv2d_cpu_kernel.h"
 #include "conv/cpu_gemm.h"
-#include "common/cpu_workers.h"
 
 namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
-constexpr int64_t kReduction = 384;  // terms of a step: rows of it, and its panel, stay in L1
 constexpr int64_t kDirectRows = 96;  // pixels that share a step's weights while they are in L2
 constexpr int kMaxIntervals = 7;     // three taps give at most six cuts inside an axis
 
@@ -89,8 +88,8 @@ class Direct {
           tap_offset[taps++] = ky * g_.dil_h * a_.x.row + kx * g_.dil_w * a_.x.pixel;
         }
 
-    const int64_t k_step = smaller(g_.c_in, kReduction);
-    const int64_t tap_step = larger<int64_t>(kReduction / larger<int64_t>(k_step, 1), 1);
+    const int64_t k_step = smaller(g_.c_in, kDirectTerms);
+    const int64_t tap_step = larger<int64_t>(kDirectTerms / larger<int64_t>(k_step, 1), 1);
     const int64_t panels = (g_.c_out + kPanel - 1) / kPanel;
     int tap = 0;
     int64_t k0 = 0;

@@ -13,11 +13,11 @@
 // Every sum runs in an order that does not depend on the number of workers.
 #pragma once
 
+#include "common/cpu_workers.h"
 #include "conv/atrous_conv2d_cpu_kernel.h"
 #include "conv/cpu_gemm.h"
 #include "conv/cpu_weight.h"
 #include "conv/cpu_winograd_transforms.h"
-#include "common/cpu_workers.h"
 
 namespace pyseg {
 namespace PYSEG_TARGET {
@@ -27,7 +27,6 @@ constexpr int kMaxPairs = kFunctionals * kFunctionals;
 constexpr int kMaxGroups = kTileKinds * kTileKinds;
 constexpr int kMaxPairProducts = kMaxProducts * kMaxProducts;
 constexpr int kSlice = 64;                    // channels that a transform handles at a time: its scratch stays in L1
-constexpr int64_t kChannelBlock = 256;        // input (and output) channels of a large product
 constexpr int64_t kSmallWeights = 400 << 10;  // bytes of U up to which blocks of tiles are made to fit L2
 constexpr int64_t kL2Bytes = 320 << 10;       // V and M of such a block
 constexpr int64_t kLargeWeights = 2 << 20;    // bytes of U otherwise: it is made and used within L3
@@ -134,6 +133,16 @@ struct TileBlock {
     if (index >= count) return tiles;
     const int64_t at = tiles * index / count;
     return smaller(tiles, (at + kRows - 1) / kRows * kRows);
+  }
+
+  // The values of part `index` of `count`, all pairs together.
+  static int64_t rows_in(const TileGroups& tg, int64_t index, int64_t count) {
+    int64_t rows = 0;
+    for (int g = 0; g < tg.groups; ++g) {
+      const int64_t here = cut(tg.tiles[g], index + 1, count) - cut(tg.tiles[g], index, count);
+      rows += here * kTileSpecs[tg.kind_y[g]].products * kTileSpecs[tg.kind_x[g]].products;
+    }
+    return rows;
   }
 };
 
@@ -325,7 +334,7 @@ struct WinogradBlocking {
     blocks = larger<int64_t>((tg.rows + most - 1) / most, 1);
     if (small) blocks = larger(blocks, smaller<int64_t>(workers, tg.all_tiles));
     rows = 0;
-    for (int64_t b = 0; b < blocks; ++b) rows = larger(rows, block_rows(tg, b));
+    for (int64_t b = 0; b < blocks; ++b) rows = larger(rows, TileBlock::rows_in(tg, b, blocks));
     u_stride = k_block * u_block + kRowPadding;
     const int64_t copies = small ? workers : 1;
     zeros = 0;
@@ -336,15 +345,6 @@ struct WinogradBlocking {
     m_size = rows * m_stride + tg.pairs * kRowPadding;
     m = v + copies * v_size;
     total = m + copies * m_size;
-  }
-
-  int64_t block_rows(const TileGroups& tg, int64_t b) const {
-    int64_t r = 0;
-    for (int g = 0; g < tg.groups; ++g) {
-      const int64_t tiles = TileBlock::cut(tg.tiles[g], b + 1, blocks) - TileBlock::cut(tg.tiles[g], b, blocks);
-      r += tiles * kTileSpecs[tg.kind_y[g]].products * kTileSpecs[tg.kind_x[g]].products;
-    }
-    return r;
   }
 };
 
