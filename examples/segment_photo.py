@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, help="PNG to write, or a folder for several photos")
     parser.add_argument("--photos", default=",".join(PHOTOS), help="scikit-image's photographs, default %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all, here %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each program, default %(default)s")
+    parser.add_argument("--repeats", type=int, default=1, help="timed calls of each program, default %(default)s")
     parser.add_argument("--report", action="store_true", help="also print what became of every convolution")
     return parser.parse_args()
 
@@ -125,7 +125,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     say("")
     print_table(rows)
-    print(f"The first four: milliseconds, medians of {arguments.repeats} calls taking turns. The last two: the largest")
+    calls = "of one call" if arguments.repeats == 1 else f"medians of {arguments.repeats} calls"
+    print(f"The first four: milliseconds ({calls}), the programs taking turns. The last two: the largest")
     print("difference of the mask's probabilities (0 to 1).")
     for path in outputs:
         print(f"wrote {path}")
