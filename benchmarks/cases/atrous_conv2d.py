@@ -15,8 +15,8 @@ from peers import channels_last, compiled_for_inference
 BASELINE = "torch NCHW"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3}  # 4e-3: one rounding of the result to 8 bits
 FAMILY_NOTES = {  # measured reasons, by the summary's row
-    "depthwise, rates above 1, forward": "oneDNN has a fast depthwise kernel for small rates, 2.3 to 5 times the floor, so "
-    "8x over it would lie below one read and one write of the map; from rate 12 on it has none",
+    "depthwise, rates above 1, forward": "oneDNN has a fast depthwise kernel for small rates, 2.3 to 5 times the "
+    "floor, so 8x over it would lie below one read and one write of the map; from rate 12 on it has none",
     "depthwise, rate 1, forward": "the fastest peer takes 3.3 times the floor of one read and one write from a cache",
     "dense, forward": "at 33x33 rate 36 is one tap for most pixels: both sides are at the speed of a matrix product",
 }
