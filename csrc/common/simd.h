@@ -89,11 +89,11 @@ inline T relu(T v) {
 }
 
 template <typename T>
-inline T smaller(T a, T b) {
+constexpr T smaller(T a, T b) {
   return a < b ? a : b;
 }
 template <typename T>
-inline T larger(T a, T b) {
+constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 

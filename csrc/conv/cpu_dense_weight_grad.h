@@ -33,7 +33,7 @@ __attribute__((noinline)) void outer_rows(const Segment* segments, int64_t count
   constexpr int kVecs = kPanel / kLanes<T> < 2 ? kPanel / kLanes<T> : 2;
   for (int j = 0; j < kPanel; j += kVecs * kLanes<T>) {
     Vec<T> acc[ROWS][kVecs];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v)
@@ -45,7 +45,7 @@ __attribute__((noinline)) void outer_rows(const Segment* segments, int64_t count
         Vec<T> bv[kVecs];
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) bv[v] = load(pb + v * kLanes<T>);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
           const Vec<T> s = broadcast(pa[i]);
 #pragma GCC unroll 2
@@ -53,7 +53,7 @@ __attribute__((noinline)) void outer_rows(const Segment* segments, int64_t count
         }
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) store(c + (i0 + i) * kPanel + j + v * kLanes<T>, acc[i][v]);
@@ -63,9 +63,13 @@ __attribute__((noinline)) void outer_rows(const Segment* segments, int64_t count
 // A whole 16 x 16 block.
 template <typename T>
 inline void outer_block(const Segment* segments, int64_t count, const T* a, const T* b, bool accumulate, T* c) {
-  outer_rows<T, 6>(segments, count, a, b, 0, accumulate, c);
-  outer_rows<T, 6>(segments, count, a, b, 6, accumulate, c);
-  outer_rows<T, 4>(segments, count, a, b, 12, accumulate, c);
+  if constexpr (kLanes<T> == kPanel) {  // AVX-512: 16 accumulators of one vector hide the latency
+    outer_rows<T, 16>(segments, count, a, b, 0, accumulate, c);
+  } else {
+    outer_rows<T, 6>(segments, count, a, b, 0, accumulate, c);
+    outer_rows<T, 6>(segments, count, a, b, 6, accumulate, c);
+    outer_rows<T, 4>(segments, count, a, b, 12, accumulate, c);
+  }
 }
 
 // Adds taps[t][i][j] to grad_weight[16 np + j][16 cp + i][t], or writes it.
@@ -93,7 +97,7 @@ inline void copy_to_panels(const Map<const T>& map, int64_t image, int64_t width
     for (int64_t c = 0; c < channels; c += kPanel) {
       T* row = to + c * pixels + p * kPanel;
       if (c + kPanel <= channels) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < kPanel; v += kLanes<T>) store(row + v, load(from + c + v));
       } else {
         for (int v = 0; v < kPanel; ++v) row[v] = c + v < channels ? from[c + v] : T(0);

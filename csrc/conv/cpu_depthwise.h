@@ -16,39 +16,46 @@ namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
-constexpr int64_t kLineSlack = 64;           // elements behind a line that vectors may read
-constexpr int64_t kDepthwiseChannels = 512;  // channels_last: channels that go through the map together
+constexpr int64_t kLineSlack = 64;  // elements behind a line that vectors may read
+#if defined(__AVX512F__)
+constexpr int64_t kDepthwiseChannels = 256;  // channels_last: channels that go through the map together
+#else
+constexpr int64_t kDepthwiseChannels = 512;
+#endif
 constexpr int kRun = 4;                      // channels_last: outputs of a phase that share inputs
-constexpr int64_t kLine = 16;                // channels_last: channels of a cache line of floats
+constexpr int64_t kLine = 16;                // elements of a cache line of floats
 constexpr int64_t kStreamBytes = 4 << 20;    // channels_last: larger outputs are stored past the caches
+constexpr int64_t kPrefetchBytes = 8 << 20;  // NCHW: larger outputs leave the caches, so their planes are prefetched
 
-// The three padded input rows of an output row, NCHW. Lines are reused while the output walks down a phase. The line of
-// the next output row is filled one row early: unaligned loads of what was stored just before would have to wait for it.
+// Padded input rows, NCHW. Lines are reused while the output walks down a phase.
 template <typename T>
 class LineRing {
  public:
-  LineRing(const ConvGeometry& g, T* storage) : g_(g), length_(line_size(g)), storage_(storage) {
-    for (int64_t i = 0; i < size(g); ++i) storage_[i] = T(0);
+  LineRing(const ConvGeometry& g, T* storage) : g_(g), length_(line_size(g)), storage_(storage + lead(g)) {
+    for (int64_t i = 0; i < size(g); ++i) storage[i] = T(0);
   }
 
   static int64_t size(const ConvGeometry& g) { return (kSlots + 1) * line_size(g); }
 
-  // Points line[ky] at the row that tap ky of output row y reads. `restart` begins a phase or a plane.
+  // Points line[ky] at the row that tap ky of output row y reads. Rows come in order, `restart` begins a phase or a plane.
+  // The lines of the call before stay valid.
   void move_to(const T* plane, int64_t row, int64_t y, bool restart, const T** line) {
-    if (restart) {
-      first_ = 0;
-      for (int ky = 0; ky < 3; ++ky) fill(ky, plane, row, y + ky * g_.dil_h);
-    } else {
-      first_ = (first_ + 1) % kSlots;
+    for (int ky = restart ? 0 : 2; ky < 3; ++ky) {
+      newest_ = (newest_ + 1) % kSlots;
+      fill(newest_, plane, row, y + ky * g_.dil_h);
     }
-    if (y + g_.dil_h < g_.h_out) fill((first_ + 3) % kSlots, plane, row, y + 3 * g_.dil_h);
-    for (int ky = 0; ky < 3; ++ky) line[ky] = lines_[(first_ + ky) % kSlots];
+    for (int ky = 0; ky < 3; ++ky) line[ky] = lines_[(newest_ + kSlots - 2 + ky) % kSlots];
   }
 
  private:
-  static constexpr int kSlots = 4;
+  static constexpr int kSlots = 6;
 
-  static int64_t line_size(const ConvGeometry& g) { return g.w + 2 * g.pad_w + kLineSlack; }
+  // Pixel 0 of a row, which the middle tap reads for output 0 where the padding is the rate, begins a cache line: vectors that
+  // cross cache lines take two accesses.
+  static int64_t lead(const ConvGeometry& g) { return (kLine - g.pad_w % kLine) % kLine; }
+  static int64_t line_size(const ConvGeometry& g) {
+    return (lead(g) + g.w + 2 * g.pad_w + kLineSlack + kLine - 1) / kLine * kLine;
+  }
 
   void fill(int slot, const T* plane, int64_t row, int64_t padded_row) {
     const int64_t from = padded_row - g_.pad_h;
@@ -69,8 +76,15 @@ class LineRing {
   const int64_t length_;
   T* const storage_;
   const T* lines_[kSlots] = {};
-  int first_ = 0;  // slot of tap 0's row
+  int newest_ = 0;
 };
+
+// Elements 0..n-1 of a line that is read, or written, soon.
+template <bool WRITE, typename T>
+inline void prefetch_line(const T* line, int64_t n) {
+  constexpr int64_t kElements = 64 / int64_t(sizeof(T));
+  for (int64_t i = 0; i < n; i += kElements) __builtin_prefetch(line + i, WRITE, 2);
+}
 
 // Calls f(y, restart) for every output row, phase by phase.
 template <typename F>
@@ -78,6 +92,21 @@ inline void for_rows_by_phase(const ConvGeometry& g, const F& f) {
   const int64_t phases = smaller(g.dil_h, g.h_out);
   for (int64_t phase = 0; phase < phases; ++phase)
     for (int64_t y = phase; y < g.h_out; y += g.dil_h) f(y, y == phase);
+}
+
+// Calls f(y, line) for every output row of a plane, line[ky] being the padded row of tap ky. Lines are filled one output row
+// early: unaligned loads of what was stored just before would have to wait for it.
+template <typename T, typename F>
+inline void for_padded_rows(const ConvGeometry& g, LineRing<T>& ring, const T* plane, int64_t row, const F& f) {
+  const T *line[3], *next[3];
+  int64_t y = -1;
+  for_rows_by_phase(g, [&](int64_t next_y, bool restart) {
+    ring.move_to(plane, row, next_y, restart, next);
+    if (y >= 0) f(y, line);
+    for (int ky = 0; ky < 3; ++ky) line[ky] = next[ky];
+    y = next_y;
+  });
+  if (y >= 0) f(y, line);
 }
 
 // One output row from three padded lines. The last vector overlaps the one before it where the row is long enough.
@@ -112,12 +141,17 @@ __attribute__((noinline)) void depthwise_line(const T* top, const T* middle, con
 }
 
 template <typename T>
-inline void depthwise_plane(const DepthwiseArgs<T>& a, LineRing<T>& ring, int64_t image, int64_t c) {
+inline void depthwise_plane(const DepthwiseArgs<T>& a, LineRing<T>& ring, int64_t image, int64_t c, bool prefetch) {
   const T* plane = a.x.data + image * a.x.image + c * a.x.channel;
   T* out = a.y.data + image * a.y.image + c * a.y.channel;
-  for_rows_by_phase(a.g, [&](int64_t y, bool restart) {
-    const T* line[3];
-    ring.move_to(plane, a.x.row, y, restart, line);
+  int64_t done = 0;
+  for_padded_rows(a.g, ring, plane, a.x.row, [&](int64_t y, const T* const* line) {
+    // Phases visit rows in an order that no hardware prefetcher follows, so the next plane is fetched in order meanwhile.
+    if (prefetch) {
+      prefetch_line<false>(plane + a.x.channel + done * a.x.row, a.g.w);
+      prefetch_line<true>(out + a.y.channel + done * a.y.row, a.g.w_out);
+      ++done;
+    }
     const auto row = a.relu ? depthwise_line<T, true> : depthwise_line<T, false>;
     row(line[0], line[1], line[2], a.g.dil_w, a.weight + c * 9, a.shift ? a.shift[c] : T(0), a.g.w_out,
         out + y * a.y.row);
@@ -237,9 +271,10 @@ template <typename T>
 inline void depthwise(const DepthwiseArgs<T>& a, T* workspace, const Workers& workers) {
   const ConvGeometry& g = a.g;
   if (!a.channels_last) {
+    const bool prefetch = g.dil_h > 1 && g.n * g.c_in * g.h_out * g.w_out * int64_t(sizeof(T)) > kPrefetchBytes;
     for_each_part(workers, g.n * g.c_in, [&](int64_t worker, int64_t first, int64_t last) {
       LineRing<T> ring(g, workspace + worker * LineRing<T>::size(g));
-      for (int64_t i = first; i < last; ++i) depthwise_plane(a, ring, i / g.c_in, i % g.c_in);
+      for (int64_t i = first; i < last; ++i) depthwise_plane(a, ring, i / g.c_in, i % g.c_in, prefetch);
     });
     return;
   }
@@ -307,9 +342,7 @@ inline void depthwise_weight_grad_channel(const DepthwiseWeightGradArgs<T>& a, L
   for (int64_t image = 0; image < a.g.n; ++image) {
     const T* plane = a.x.data + image * a.x.image + c * a.x.channel;
     const T* grad = a.grad.data + image * a.grad.image + c * a.grad.channel;
-    for_rows_by_phase(a.g, [&](int64_t y, bool restart) {
-      const T* line[3];
-      ring.move_to(plane, a.x.row, y, restart, line);
+    for_padded_rows(a.g, ring, plane, a.x.row, [&](int64_t y, const T* const* line) {
       depthwise_weight_grad_line(line, a.g.dil_w, grad + y * a.grad.row, a.g.w_out, acc);
     });
   }

@@ -90,7 +90,6 @@ class Direct {
 
     const int64_t k_step = smaller(g_.c_in, kDirectTerms);
     const int64_t tap_step = larger<int64_t>(kDirectTerms / larger<int64_t>(k_step, 1), 1);
-    const int64_t panels = (g_.c_out + kPanel - 1) / kPanel;
     int tap = 0;
     int64_t k0 = 0;
     do {
@@ -100,18 +99,18 @@ class Direct {
       const bool is_last = taps == 0 || (tap + step_taps >= taps && k0 + k >= g_.c_in);
       TileOperands<T> op;
       op.taps = step_taps;
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t column = panel * kPanel;
+      op.panel_step = 9 * g_.c_in * kPanel;
+      for (int64_t column = 0; column < g_.c_out; column += kTileColumns<T>) {
         const Finish<T> finish{!is_first, is_last && a_.scale ? a_.scale + column : nullptr,
                                is_last && a_.shift ? a_.shift + column : nullptr, is_last && a_.relu};
         for (int t = 0; t < step_taps; ++t)
-          op.panels[t] = a_.weight.packed + ((panel * 9 + tap_index[tap + t]) * g_.c_in + k0) * kPanel;
+          op.panels[t] = a_.weight.packed + column * 9 * g_.c_in + (tap_index[tap + t] * g_.c_in + k0) * kPanel;
         for (int64_t r = 0; r < last - first; r += kRows) {
           const int rows = int(smaller<int64_t>(kRows, last - first - r));
           for (int t = 0; t < step_taps; ++t)
             for (int l = 0; l < rows; ++l) op.a_rows[t][l] = x[r + l] + tap_offset[tap + t] + k0;
           for (int l = 0; l < rows; ++l) op.c_rows[l] = y[r + l] + column;
-          gemm_tile<T>(op, rows, k, int(smaller<int64_t>(kPanel, g_.c_out - column)), finish);
+          gemm_tile<T>(op, rows, k, int(smaller<int64_t>(kTileColumns<T>, g_.c_out - column)), finish);
         }
       }
       k0 += k;

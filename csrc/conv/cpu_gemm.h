@@ -1,9 +1,10 @@
 // The matrix product under all dense CPU kernels: rows given by pointers, times panels of 16 columns.
 //
-// A tile is kRows x 16. Its accumulators stay in registers while a list of `taps` is walked; tap t contributes
-// sum over k of a[t][row][k] * b[t][k][16]. So one routine serves a plain product (one tap), and the direct convolution
-// (a tap's rows are the pixels that it reads: no im2col). Per step of k: two vector loads of b, kRows broadcasts of a and
-// 2 * kRows multiply-adds (AVX2: 12 in 6 cycles, 8 loads in 4), so the loop is bound by the arithmetic.
+// A tile is kRows x kTileColumns: two vectors wide, a panel with AVX2 and two with AVX-512. Its accumulators stay in registers
+// while a list of `taps` is walked; tap t contributes sum over k of a[t][row][k] * b[t][k][column]. So one routine serves a
+// plain product (one tap), and the direct convolution (a tap's rows are the pixels that it reads: no im2col). Per step of k:
+// two vector loads of b, kRows broadcasts of a and 2 * kRows multiply-adds (AVX2: 12 in 6 cycles, 8 loads in 4; AVX-512: 24 in
+// 12, 14 loads in 7), so the loop is bound by the arithmetic. One panel at a time would be bound by the loads with AVX-512.
 #pragma once
 
 #include "common/simd.h"
@@ -16,10 +17,13 @@ constexpr int kPanel = 16;   // columns of a packed panel, the same for every ta
 constexpr int kMaxTaps = 9;  // of a 3x3 kernel
 
 #if defined(__AVX512F__)
-constexpr int kRows = 12;  // 12 accumulators of one vector: hides the latency of 4 cycles on two ports
+constexpr int kRows = 12;  // 12 x 2 vectors of accumulators, 2 of b and 1 broadcast: 27 of 32 registers
 #else
 constexpr int kRows = 6;  // 6 x 2 vectors of accumulators, 2 of b and 1 broadcast: 15 of 16 registers
 #endif
+
+template <typename T>
+constexpr int kTileColumns = larger(kPanel, 2 * kLanes<T>);
 
 // What is done with a finished tile, per column (pointers at the tile's first column; null: not applied):
 // c = relu(scale * (c_old + product) + shift).
@@ -37,6 +41,7 @@ struct TileOperands {
   int taps;
   const T* a_rows[kMaxTaps][kRows];
   const T* panels[kMaxTaps];  // [k][16]
+  int64_t panel_step;         // from a panel to the next
   T* c_rows[kRows];
 
   inline const T* a(int tap, int row) const { return a_rows[tap][row]; }
@@ -50,7 +55,8 @@ struct StridedOperands {
   static constexpr int taps = 1;
   const T* a_first;
   int64_t a_stride;
-  const T* panel;  // [k][16]
+  const T* panel;      // [k][16]
+  int64_t panel_step;  // from a panel to the next
   T* c_first;
   int64_t c_stride;
 
@@ -59,9 +65,8 @@ struct StridedOperands {
   inline T* c(int row) const { return c_first + row * c_stride; }
 };
 
-template <typename T, int ROWS, typename Operands>
+template <typename T, int ROWS, int kVecs, typename Operands>
 __attribute__((noinline)) void gemm_tile_rows(const Operands& op, int64_t k, int columns, const Finish<T>& fin) {
-  constexpr int kVecs = kPanel / kLanes<T> < 2 ? kPanel / kLanes<T> : 2;
   constexpr int kStep = kVecs * kLanes<T>;
   for (int j = 0; j < columns; j += kStep) {
     Vec<T> acc[ROWS][kVecs];
@@ -73,12 +78,17 @@ __attribute__((noinline)) void gemm_tile_rows(const Operands& op, int64_t k, int
       const T* a[ROWS];
 #pragma GCC unroll 12
       for (int i = 0; i < ROWS; ++i) a[i] = op.a(t, i);
-      const T* b = op.b(t) + j;
+      const T* b[kVecs];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
+        const int column = j + v * kLanes<T>;
+        b[v] = op.b(t) + column / kPanel * op.panel_step + column % kPanel;
+      }
 #pragma GCC unroll 2
       for (int64_t kk = 0; kk < k; ++kk) {
         Vec<T> bv[kVecs];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) bv[v] = load(b + kk * kPanel + v * kLanes<T>);
+        for (int v = 0; v < kVecs; ++v) bv[v] = load(b[v] + kk * kPanel);
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; ++i) {
           const Vec<T> s = broadcast(a[i][kk]);
@@ -118,12 +128,12 @@ __attribute__((noinline)) void gemm_tile_rows(const Operands& op, int64_t k, int
   }
 }
 
-// rows in 1..kRows, columns in 1..16.
-template <typename T, typename Operands>
-inline void gemm_tile(const Operands& op, int rows, int64_t k, int columns, const Finish<T>& fin) {
+// rows in 1..kRows; kVecs vectors of columns at a time.
+template <typename T, int kVecs, typename Operands>
+inline void gemm_tile_vectors(const Operands& op, int rows, int64_t k, int columns, const Finish<T>& fin) {
   switch (rows) {
 #define PYSEG_CASE(n) \
-  case n: gemm_tile_rows<T, n>(op, k, columns, fin); break;
+  case n: gemm_tile_rows<T, n, kVecs>(op, k, columns, fin); break;
     PYSEG_CASE(1)
     PYSEG_CASE(2)
     PYSEG_CASE(3)
@@ -142,17 +152,25 @@ inline void gemm_tile(const Operands& op, int rows, int64_t k, int columns, cons
   }
 }
 
-// c[row][0..columns) of `rows` rows a fixed distance apart; columns in 1..16.
+// rows in 1..kRows, columns in 1..kTileColumns; whole panels are read.
+template <typename T, typename Operands>
+inline void gemm_tile(const Operands& op, int rows, int64_t k, int columns, const Finish<T>& fin) {
+  if constexpr (kTileColumns<T> > kPanel) {
+    if (columns > kPanel) return gemm_tile_vectors<T, 2>(op, rows, k, columns, fin);
+  }
+  gemm_tile_vectors<T, smaller(2, kPanel / kLanes<T>)>(op, rows, k, columns, fin);
+}
+
+// c[row][0..columns) of `rows` rows a fixed distance apart; columns in 1..kTileColumns.
 template <typename T>
-inline void gemm_strided(const T* a, int64_t a_stride, int64_t rows, int64_t k, const T* panel, T* c, int64_t c_stride,
-                         int columns, const Finish<T>& fin) {
-  StridedOperands<T> op{a, a_stride, panel, c, c_stride};
-  for (; rows >= kRows; rows -= kRows) {
-    gemm_tile_rows<T, kRows>(op, k, columns, fin);
+inline void gemm_strided(const T* a, int64_t a_stride, int64_t rows, int64_t k, const T* panel, int64_t panel_step,
+                         T* c, int64_t c_stride, int columns, const Finish<T>& fin) {
+  StridedOperands<T> op{a, a_stride, panel, panel_step, c, c_stride};
+  for (; rows > 0; rows -= kRows) {
+    gemm_tile<T>(op, int(smaller<int64_t>(rows, kRows)), k, columns, fin);
     op.a_first += kRows * a_stride;
     op.c_first += kRows * c_stride;
   }
-  if (rows > 0) gemm_tile<T>(op, int(rows), k, columns, fin);
 }
 
 }  // namespace

@@ -475,9 +475,10 @@ class Winograd {
     const Finish<T> finish{accumulate, nullptr, nullptr, false};
     for (int64_t r0 = from; r0 < to; r0 += kGemmRows) {
       const int64_t rows = smaller(to - r0, kGemmRows);
-      for (int64_t panel = 0; panel < n / kPanel; ++panel) {
-        gemm_strided(v + r0 * bl_.v_stride, bl_.v_stride, rows, k, u + panel * k * kPanel,
-                     m + r0 * bl_.m_stride + n0 + panel * kPanel, bl_.m_stride, kPanel, finish);
+      for (int64_t column = 0; column < n; column += kTileColumns<T>) {
+        gemm_strided(v + r0 * bl_.v_stride, bl_.v_stride, rows, k, u + column * k, k * kPanel,
+                     m + r0 * bl_.m_stride + n0 + column, bl_.m_stride,
+                     int(smaller<int64_t>(kTileColumns<T>, n - column)), finish);
       }
     }
   }
