@@ -353,30 +353,45 @@ inline void depthwise_weight_grad_channel(const DepthwiseWeightGradArgs<T>& a, L
   }
 }
 
-// channels_last: sums[3] += the products of output row y with the input row of one ky, for the channels of U at c.
-// Walking along a phase, each input is loaded once and used for three taps.
-template <typename U, typename T, typename Read, typename Write>
-inline void depthwise_weight_grad_run(const ConvGeometry& g, const T* row, int64_t pixel, const T* grad,
+// channels_last: sums[3 * KYS] += the products of an output row with the input rows of KYS vertical taps, for the channels of
+// U. Walking along a phase, each input is loaded once and used for three taps.
+template <int KYS, typename U, typename T, typename Read, typename Write>
+inline void depthwise_weight_grad_run(const ConvGeometry& g, const T* const* rows, int64_t pixel, const T* grad,
                                       int64_t grad_pixel, T* sums, const Read& read, const Write& write) {
-  U acc[3];
-  for (int kx = 0; kx < 3; ++kx) acc[kx] = read(sums + kx * kDepthwiseChannels);
-  const auto input = [&](int64_t x) { return x >= 0 && x < g.w ? read(row + x * pixel) : U{}; };
+  U acc[KYS][3];
+#pragma GCC unroll 3
+  for (int ky = 0; ky < KYS; ++ky)
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx) acc[ky][kx] = read(sums + (ky * 3 + kx) * kDepthwiseChannels);
+  const auto input = [&](int ky, int64_t x) { return x >= 0 && x < g.w ? read(rows[ky] + x * pixel) : U{}; };
   const int64_t phases = smaller(g.dil_w, g.w_out);
   for (int64_t phase = 0; phase < phases; ++phase) {
-    U left = input(phase - g.pad_w), middle = input(phase - g.pad_w + g.dil_w);
+    U left[KYS], middle[KYS];
+#pragma GCC unroll 3
+    for (int ky = 0; ky < KYS; ++ky) {
+      left[ky] = input(ky, phase - g.pad_w);
+      middle[ky] = input(ky, phase - g.pad_w + g.dil_w);
+    }
     for (int64_t x = phase; x < g.w_out; x += g.dil_w) {
-      const U right = input(x - g.pad_w + 2 * g.dil_w), v = read(grad + x * grad_pixel);
-      acc[0] += v * left;
-      acc[1] += v * middle;
-      acc[2] += v * right;
-      left = middle;
-      middle = right;
+      const U v = read(grad + x * grad_pixel);
+#pragma GCC unroll 3
+      for (int ky = 0; ky < KYS; ++ky) {
+        const U right = input(ky, x - g.pad_w + 2 * g.dil_w);
+        acc[ky][0] += v * left[ky];
+        acc[ky][1] += v * middle[ky];
+        acc[ky][2] += v * right;
+        left[ky] = middle[ky];
+        middle[ky] = right;
+      }
     }
   }
-  for (int kx = 0; kx < 3; ++kx) write(sums + kx * kDepthwiseChannels, acc[kx]);
+#pragma GCC unroll 3
+  for (int ky = 0; ky < KYS; ++ky)
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx) write(sums + (ky * 3 + kx) * kDepthwiseChannels, acc[ky][kx]);
 }
 
-// Two vectors as one value: a cache line of floats.
+// A cache line of floats: two vectors as one value, one with AVX-512.
 template <typename T>
 struct VecPair {
   Vec<T> a, b;
@@ -388,32 +403,50 @@ struct VecPair {
   }
 };
 
+// sums[KYS * 3][kDepthwiseChannels] += the products for channels 0..n.
+template <int KYS, typename T>
+inline void depthwise_weight_grad_taps(const ConvGeometry& g, const T* const* rows, int64_t pixel, const T* grad,
+                                       int64_t grad_pixel, int64_t n, T* sums) {
+  const T* at[KYS];
+  const auto run = [&](auto zero, int64_t c, const auto& read, const auto& write) {
+    for (int ky = 0; ky < KYS; ++ky) at[ky] = rows[ky] + c;
+    depthwise_weight_grad_run<KYS, decltype(zero)>(g, at, pixel, grad + c, grad_pixel, sums + c, read, write);
+  };
+  int64_t c = 0;
+  if constexpr (KYS == 1) {
+    for (; c + 2 * kLanes<T> <= n; c += 2 * kLanes<T>)
+      run(
+          VecPair<T>{}, c, [](const T* p) { return VecPair<T>{load(p), load(p + kLanes<T>)}; },
+          [](T* p, const VecPair<T>& v) {
+            store(p, v.a);
+            store(p + kLanes<T>, v.b);
+          });
+  } else {
+    for (; c + kLanes<T> <= n; c += kLanes<T>)
+      run(Vec<T>{}, c, [](const T* p) { return load(p); }, [](T* p, Vec<T> v) { store(p, v); });
+  }
+  for (; c < n; ++c) run(T(0), c, [](const T* p) { return *p; }, [](T* p, T v) { *p = v; });
+}
+
 // sums[9][kDepthwiseChannels] += the products of output row y for channels c0..c0+n.
 template <typename T>
 __attribute__((noinline)) void depthwise_weight_grad_row(const DepthwiseWeightGradArgs<T>& a, int64_t image, int64_t y,
                                                          int64_t c0, int64_t n, T* sums) {
   const ConvGeometry& g = a.g;
   const T* grad = a.grad.data + image * a.grad.image + y * a.grad.row + c0;
+  const T* rows[3];
+  bool all = true;
   for (int ky = 0; ky < 3; ++ky) {
     const int64_t from = y - g.pad_h + ky * g.dil_h;
-    if (from < 0 || from >= g.h) continue;
-    const T* row = a.x.data + image * a.x.image + from * a.x.row + c0;
-    T* to = sums + ky * 3 * kDepthwiseChannels;
-    constexpr int kPair = 2 * kLanes<T>;
-    int64_t c = 0;
-    for (; c + kPair <= n; c += kPair)
-      depthwise_weight_grad_run<VecPair<T>>(
-          g, row + c, a.x.pixel, grad + c, a.grad.pixel, to + c,
-          [](const T* p) { return VecPair<T>{load(p), load(p + kLanes<T>)}; },
-          [](T* p, const VecPair<T>& v) {
-            store(p, v.a);
-            store(p + kLanes<T>, v.b);
-          });
-    for (; c < n; ++c)
-      depthwise_weight_grad_run<T>(
-          g, row + c, a.x.pixel, grad + c, a.grad.pixel, to + c, [](const T* p) { return *p; },
-          [](T* p, T v) { *p = v; });
+    rows[ky] = from >= 0 && from < g.h ? a.x.data + image * a.x.image + from * a.x.row + c0 : nullptr;
+    all &= rows[ky] != nullptr;
   }
+#if defined(__AVX512F__)  // 9 sums, 6 inputs and the gradient fit the 32 registers
+  if (all) return depthwise_weight_grad_taps<3>(g, rows, a.x.pixel, grad, a.grad.pixel, n, sums);
+#endif
+  for (int ky = 0; ky < 3; ++ky)
+    if (rows[ky])
+      depthwise_weight_grad_taps<1>(g, rows + ky, a.x.pixel, grad, a.grad.pixel, n, sums + ky * 3 * kDepthwiseChannels);
 }
 
 // channels_last: the rows are cut into parts with sums of their own, added up in order, so that there is work for every
