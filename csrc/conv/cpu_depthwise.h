@@ -25,7 +25,7 @@ constexpr int64_t kDepthwiseChannels = 512;
 constexpr int kRun = 4;                      // channels_last: outputs of a phase that share inputs
 constexpr int64_t kLine = 16;                // elements of a cache line of floats
 constexpr int64_t kStreamBytes = 4 << 20;    // channels_last: larger outputs are stored past the caches
-constexpr int64_t kPrefetchBytes = 8 << 20;  // NCHW: larger outputs leave the caches, so their planes are prefetched
+constexpr int64_t kPrefetchBytes = 8 << 20;  // larger maps leave the caches: what is needed next is prefetched
 
 // Padded input rows, NCHW. Lines are reused while the output walks down a phase.
 template <typename T>
@@ -78,6 +78,11 @@ class LineRing {
   const T* lines_[kSlots] = {};
   int newest_ = 0;
 };
+
+template <typename T>
+inline bool leaves_caches(const ConvGeometry& g) {
+  return g.n * g.c_in * g.h_out * g.w_out * int64_t(sizeof(T)) > kPrefetchBytes;
+}
 
 // Elements 0..n-1 of a line that is read, or written, soon.
 template <bool WRITE, typename T>
@@ -221,13 +226,17 @@ __attribute__((noinline)) void depthwise_run(const T* const* in, int64_t n, cons
 // One output row of channels c0..c0+n, channels_last. w: [9][w_stride], already at c0.
 template <typename T, bool STREAM>
 inline void depthwise_row(const DepthwiseArgs<T>& a, int64_t image, int64_t y, int64_t c0, int64_t n, const T* w,
-                          int64_t w_stride, const T* zeros) {
+                          int64_t w_stride, const T* zeros, bool prefetch) {
   const ConvGeometry& g = a.g;
   const T* rows[3];
   for (int ky = 0; ky < 3; ++ky) {
     const int64_t from = y - g.pad_h + ky * g.dil_h;
     rows[ky] = from >= 0 && from < g.h ? a.x.data + image * a.x.image + from * a.x.row + c0 : nullptr;
   }
+  // The row that the next output row of the phase needs and this one does not.
+  const int64_t next = y - g.pad_h + 3 * g.dil_h;
+  const T* next_row =
+      prefetch && next >= 0 && next < g.h ? a.x.data + image * a.x.image + next * a.x.row + c0 : nullptr;
   T* out_row = a.y.data + image * a.y.image + y * a.y.row + c0;
   const T* shift = a.shift ? a.shift + c0 : nullptr;
   const int64_t phases = smaller(g.dil_w, g.w_out);
@@ -241,6 +250,10 @@ inline void depthwise_row(const DepthwiseArgs<T>& a, int64_t image, int64_t y, i
         const int64_t from = x - g.pad_w + column * g.dil_w;
         const bool inside = from >= 0 && from < g.w;
         for (int ky = 0; ky < 3; ++ky) in[3 * column + ky] = inside && rows[ky] ? rows[ky] + from * a.x.pixel : zeros;
+      }
+      for (int i = 0; i < run && next_row; ++i) {
+        const int64_t from = x - g.pad_w + (i + 1) * g.dil_w;
+        if (from >= 0 && from < g.w) prefetch_line<false>(next_row + from * a.x.pixel, n);
       }
       switch (run) {
         case 1: depthwise_run<T, 1, STREAM>(in, n, w, w_stride, shift, a.relu, out); break;
@@ -270,11 +283,11 @@ inline int64_t depthwise_workspace_size(const DepthwiseArgs<T>& a, int64_t worke
 template <typename T>
 inline void depthwise(const DepthwiseArgs<T>& a, T* workspace, const Workers& workers) {
   const ConvGeometry& g = a.g;
+  const bool prefetch = leaves_caches<T>(g);
   if (!a.channels_last) {
-    const bool prefetch = g.dil_h > 1 && g.n * g.c_in * g.h_out * g.w_out * int64_t(sizeof(T)) > kPrefetchBytes;
     for_each_part(workers, g.n * g.c_in, [&](int64_t worker, int64_t first, int64_t last) {
       LineRing<T> ring(g, workspace + worker * LineRing<T>::size(g));
-      for (int64_t i = first; i < last; ++i) depthwise_plane(a, ring, i / g.c_in, i % g.c_in, prefetch);
+      for (int64_t i = first; i < last; ++i) depthwise_plane(a, ring, i / g.c_in, i % g.c_in, prefetch && g.dil_h > 1);
     });
     return;
   }
@@ -297,7 +310,7 @@ inline void depthwise(const DepthwiseArgs<T>& a, T* workspace, const Workers& wo
       const int64_t c0 = block * width, n = smaller(width, g.c_in - c0);
       const int64_t y0 = phases == 1 ? g.h_out * band / bands : phase;
       const int64_t y1 = phases == 1 ? g.h_out * (band + 1) / bands : g.h_out;
-      for (int64_t y = y0; y < y1; y += g.dil_h) row(a, image, y, c0, n, w + c0, g.c_in, zeros);
+      for (int64_t y = y0; y < y1; y += g.dil_h) row(a, image, y, c0, n, w + c0, g.c_in, zeros, prefetch);
     }
     stream_fence();
   });
@@ -337,12 +350,19 @@ __attribute__((noinline)) void depthwise_weight_grad_line(const T* const* line, 
 
 // NCHW: the nine sums of one channel over all images, each a vector of partial sums that is folded at the end.
 template <typename T>
-inline void depthwise_weight_grad_channel(const DepthwiseWeightGradArgs<T>& a, LineRing<T>& ring, int64_t c) {
+inline void depthwise_weight_grad_channel(const DepthwiseWeightGradArgs<T>& a, LineRing<T>& ring, int64_t c,
+                                          bool prefetch) {
   Vec<T> acc[9] = {};
   for (int64_t image = 0; image < a.g.n; ++image) {
     const T* plane = a.x.data + image * a.x.image + c * a.x.channel;
     const T* grad = a.grad.data + image * a.grad.image + c * a.grad.channel;
+    int64_t done = 0;
     for_padded_rows(a.g, ring, plane, a.x.row, [&](int64_t y, const T* const* line) {
+      if (prefetch) {
+        prefetch_line<false>(plane + a.x.channel + done * a.x.row, a.g.w);
+        prefetch_line<false>(grad + a.grad.channel + done * a.grad.row, a.g.w_out);
+        ++done;
+      }
       depthwise_weight_grad_line(line, a.g.dil_w, grad + y * a.grad.row, a.g.w_out, acc);
     });
   }
@@ -354,10 +374,12 @@ inline void depthwise_weight_grad_channel(const DepthwiseWeightGradArgs<T>& a, L
 }
 
 // channels_last: sums[3 * KYS] += the products of an output row with the input rows of KYS vertical taps, for the channels of
-// U. Walking along a phase, each input is loaded once and used for three taps.
+// U. Walking along a phase, each input is loaded once and used for three taps. The rows `ahead` of inputs and gradients are
+// prefetched.
 template <int KYS, typename U, typename T, typename Read, typename Write>
 inline void depthwise_weight_grad_run(const ConvGeometry& g, const T* const* rows, int64_t pixel, const T* grad,
-                                      int64_t grad_pixel, T* sums, const Read& read, const Write& write) {
+                                      int64_t grad_pixel, const T* const* ahead, T* sums, const Read& read,
+                                      const Write& write) {
   U acc[KYS][3];
 #pragma GCC unroll 3
   for (int ky = 0; ky < KYS; ++ky)
@@ -374,6 +396,8 @@ inline void depthwise_weight_grad_run(const ConvGeometry& g, const T* const* row
     }
     for (int64_t x = phase; x < g.w_out; x += g.dil_w) {
       const U v = read(grad + x * grad_pixel);
+      __builtin_prefetch(ahead[0] + smaller(x, g.w - 1) * pixel);
+      __builtin_prefetch(ahead[1] + x * grad_pixel);
 #pragma GCC unroll 3
       for (int ky = 0; ky < KYS; ++ky) {
         const U right = input(ky, x - g.pad_w + 2 * g.dil_w);
@@ -406,11 +430,12 @@ struct VecPair {
 // sums[KYS * 3][kDepthwiseChannels] += the products for channels 0..n.
 template <int KYS, typename T>
 inline void depthwise_weight_grad_taps(const ConvGeometry& g, const T* const* rows, int64_t pixel, const T* grad,
-                                       int64_t grad_pixel, int64_t n, T* sums) {
-  const T* at[KYS];
+                                       int64_t grad_pixel, const T* const* ahead, int64_t n, T* sums) {
+  const T *at[KYS], *ahead_at[2];
   const auto run = [&](auto zero, int64_t c, const auto& read, const auto& write) {
     for (int ky = 0; ky < KYS; ++ky) at[ky] = rows[ky] + c;
-    depthwise_weight_grad_run<KYS, decltype(zero)>(g, at, pixel, grad + c, grad_pixel, sums + c, read, write);
+    for (int i = 0; i < 2; ++i) ahead_at[i] = ahead[i] + c;
+    depthwise_weight_grad_run<KYS, decltype(zero)>(g, at, pixel, grad + c, grad_pixel, ahead_at, sums + c, read, write);
   };
   int64_t c = 0;
   if constexpr (KYS == 1) {
@@ -431,7 +456,7 @@ inline void depthwise_weight_grad_taps(const ConvGeometry& g, const T* const* ro
 // sums[9][kDepthwiseChannels] += the products of output row y for channels c0..c0+n.
 template <typename T>
 __attribute__((noinline)) void depthwise_weight_grad_row(const DepthwiseWeightGradArgs<T>& a, int64_t image, int64_t y,
-                                                         int64_t c0, int64_t n, T* sums) {
+                                                         int64_t c0, int64_t n, bool prefetch, T* sums) {
   const ConvGeometry& g = a.g;
   const T* grad = a.grad.data + image * a.grad.image + y * a.grad.row + c0;
   const T* rows[3];
@@ -441,12 +466,18 @@ __attribute__((noinline)) void depthwise_weight_grad_row(const DepthwiseWeightGr
     rows[ky] = from >= 0 && from < g.h ? a.x.data + image * a.x.image + from * a.x.row + c0 : nullptr;
     all &= rows[ky] != nullptr;
   }
+  // What the next row of the phase needs and this one does not; or, at no cost, what is in a cache already.
+  const int64_t next = y - g.pad_h + 3 * g.dil_h;
+  const T* inside = a.x.data + image * a.x.image + c0;
+  const T* ahead[2] = {prefetch && next >= 0 && next < g.h ? inside + next * a.x.row : grad,
+                       prefetch && y + g.dil_h < g.h_out ? grad + g.dil_h * a.grad.row : grad};
 #if defined(__AVX512F__)  // 9 sums, 6 inputs and the gradient fit the 32 registers
-  if (all) return depthwise_weight_grad_taps<3>(g, rows, a.x.pixel, grad, a.grad.pixel, n, sums);
+  if (all) return depthwise_weight_grad_taps<3>(g, rows, a.x.pixel, grad, a.grad.pixel, ahead, n, sums);
 #endif
   for (int ky = 0; ky < 3; ++ky)
     if (rows[ky])
-      depthwise_weight_grad_taps<1>(g, rows + ky, a.x.pixel, grad, a.grad.pixel, n, sums + ky * 3 * kDepthwiseChannels);
+      depthwise_weight_grad_taps<1>(g, rows + ky, a.x.pixel, grad, a.grad.pixel, ahead, n,
+                                    sums + ky * 3 * kDepthwiseChannels);
 }
 
 // channels_last: the rows are cut into parts with sums of their own, added up in order, so that there is work for every
@@ -463,10 +494,11 @@ inline int64_t depthwise_weight_grad_workspace_size(const DepthwiseWeightGradArg
 template <typename T>
 inline void depthwise_weight_grad(const DepthwiseWeightGradArgs<T>& a, T* workspace, const Workers& workers) {
   const ConvGeometry& g = a.g;
+  const bool prefetch = leaves_caches<T>(g);
   if (!a.channels_last) {
     for_each_part(workers, g.c_in, [&](int64_t worker, int64_t first, int64_t last) {
       LineRing<T> ring(g, workspace + worker * LineRing<T>::size(g));
-      for (int64_t c = first; c < last; ++c) depthwise_weight_grad_channel(a, ring, c);
+      for (int64_t c = first; c < last; ++c) depthwise_weight_grad_channel(a, ring, c, prefetch && g.dil_h > 1);
     });
     return;
   }
@@ -481,7 +513,8 @@ inline void depthwise_weight_grad(const DepthwiseWeightGradArgs<T>& a, T* worksp
       for (int64_t image = 0; image < g.n; ++image) {
         int64_t index = 0;
         for_rows_by_phase(g, [&](int64_t y, bool) {
-          if (index++ * kWeightGradParts / g.h_out == part) depthwise_weight_grad_row(a, image, y, c0, n, sums);
+          if (index++ * kWeightGradParts / g.h_out == part)
+            depthwise_weight_grad_row(a, image, y, c0, n, prefetch, sums);
         });
       }
     }
