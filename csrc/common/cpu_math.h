@@ -1,9 +1,9 @@
 // exp and log of vectors for one CPU target. float by polynomials (below), double by the C library, lane by lane.
 //
 // exp(x) = 2^n exp(r), n the integer nearest to x / ln 2, |r| <= ln 2 / 2, with ln 2 in two parts so that r is exact to
-// rounding (Cody and Waite 1980); exp(r) = 1 + r + r^2 q(r). log(x) = k ln 2 + log(1 + f), sqrt(1/2) <= 1 + f < sqrt(2);
-// log(1 + f) = f - f^2 / 2 + f^3 q(f). Each q is our own fit: minimax in relative error by Lawson's reweighting, rounded to
-// float. Both are within 2 units in the last place; tests/loss/test_cpu_math.py measures it.
+// rounding (Cody and Waite 1980); exp(r) = 1 + r + r^2 q(r). log(x) = k ln 2 + log(1 + f), sqrt(1/2) <= 1 + f <
+// sqrt(2); log(1 + f) = f - f^2 / 2 + f^3 q(f). Each q is our own fit: minimax in relative error by Lawson's
+// reweighting, rounded to float. Both are within 2 units in the last place; tests/loss/test_cpu_math.py measures it.
 #pragma once
 
 #include <math.h>

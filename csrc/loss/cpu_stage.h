@@ -1,9 +1,9 @@
-// Blocks of pixels of a segmentation map in the scratch memory of one worker: rows of one class over the block's pixels, in
-// the type that is computed in, whatever the memory format and dtype of the tensors.
+// Blocks of pixels of a segmentation map in the scratch memory of one worker: rows of one class over the block's
+// pixels, in the type that is computed in, whatever the memory format and dtype of the tensors.
 //
 // A block is padded to whole vectors, and padding counts as pixels that are left out, so that no loop has a remainder.
-// Logits lie in the map's classes far apart, at distances that often share all sets of the caches; in the scratch they lie
-// close together, and the passes that follow find them there.
+// Logits lie in the map's classes far apart, at distances that often share all sets of the caches; in the scratch they
+// lie close together, and the passes that follow find them there.
 #pragma once
 
 #include "common/cpu_convert.h"
@@ -188,24 +188,23 @@ class Stage {
     }
   }
 
-  // Where class c's row of a result is to be written: in place, or into `row` of the scratch, which `write` then stores.
-  A* row_of_result(void* to, int64_t c, A* row) const {
-    constexpr Element kType = sizeof(A) == 8 ? Element::kDouble : Element::kFloat;
-    if (in.logits.channels_last || in.logits.type != kType || padded != count) return row;
-    return static_cast<A*>(to) + (image * in.classes + c) * in.pixels + first;
+  // Where class c's row of a result is to be written: in place, or into `row` of the scratch, which `write` then
+  // stores. Results have the memory format of the logits.
+  A* row_of_result(void* to, Element type, int64_t c, A* row) const {
+    return in_place(type) ? static_cast<A*>(to) + (image * in.classes + c) * in.pixels + first : row;
   }
-  void write(const A* row, void* to, int64_t c) const {
-    if (in.logits.channels_last || row_of_result(to, c, nullptr) != nullptr) return;
-    with_type(in.logits.type, [&](auto type) {
-      using T = typename Pointee<decltype(type)>::Type;
+  void write(const A* row, void* to, Element type, int64_t c) const {
+    if (in.logits.channels_last || in_place(type)) return;
+    with_type(type, [&](auto pointer) {
+      using T = typename Pointee<decltype(pointer)>::Type;
       narrow_run(row, static_cast<T*>(to) + (image * in.classes + c) * in.pixels + first, count);
     });
   }
   // After the last row: all rows, [classes, step], of a channels-last result.
-  void write_all(const A* rows, void* to) const {
+  void write_all(const A* rows, void* to, Element type) const {
     if (!in.logits.channels_last) return;
-    with_type(in.logits.type, [&](auto type) {
-      using T = typename Pointee<decltype(type)>::Type;
+    with_type(type, [&](auto pointer) {
+      using T = typename Pointee<decltype(pointer)>::Type;
       join_channels(rows, step, count, in.classes, static_cast<T*>(to) + (image * in.pixels + first) * in.classes);
     });
   }
@@ -215,6 +214,10 @@ class Stage {
   A* const weights_;
   const A limit_;
   bool all_count_ = true;
+
+  bool in_place(Element type) const {
+    return !in.logits.channels_last && type == (sizeof(A) == 8 ? Element::kDouble : Element::kFloat) && padded == count;
+  }
 
   void pad(A* row, A value) const {
     for (int64_t i = count; i < padded; ++i) row[i] = value;

@@ -1,4 +1,5 @@
-// Checks of the arguments of the operators on segmentation maps, the same on every device, and what they have in common.
+// Checks of the arguments of the operators on segmentation maps, the same on every device, and what they have in
+// common.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -77,7 +78,7 @@ inline Ints sizes_of_pixels(const torch::stable::Tensor& logits) {
 // Whether the target is dense, [N, C, *S].
 inline bool check_target(const char* op, const torch::stable::Tensor& target, const torch::stable::Tensor& logits) {
   const auto type = element_of(target);
-  PYSEG_CHECK(type, op, ": target must be of integers, bool or floating-point numbers, got ", dtype_name(target));
+  PYSEG_CHECK(type, op, ": target must be of numbers or bool, got ", dtype_name(target));
   check_same_device(op, "target", target, logits);
   const Ints pixels = sizes_of_pixels(logits);
   if (sizes_of(target) == sizes_of(logits)) return true;
@@ -92,7 +93,7 @@ inline void check_weight(const char* op, const char* name, const OptTensor& weig
                          const Ints& sizes) {
   if (!weight) return;
   const auto type = element_of(*weight);
-  PYSEG_CHECK(type && is_float(*type), op, ": ", name, " must be of floating-point numbers, got ", dtype_name(*weight));
+  PYSEG_CHECK(type && is_float(*type), op, ": ", name, " must be of floating point, got ", dtype_name(*weight));
   check_same_device(op, name, *weight, logits);
   PYSEG_CHECK(sizes_of(*weight) == sizes, op, ": ", name, " must be ", sizes, ", got ", weight->sizes());
 }
@@ -128,19 +129,70 @@ inline bool is_dense_channels_last(const torch::stable::Tensor& t) {
   return true;
 }
 
-// A tensor like the logits, in their memory format where torch has a name for it.
-inline torch::stable::Tensor new_like(const torch::stable::Tensor& logits, bool channels_last) {
+// [N, C, *S], in the memory format of the logits where torch has a name for it.
+inline torch::stable::Tensor new_like(const torch::stable::Tensor& logits, bool channels_last,
+                                      std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
   using torch::headeronly::MemoryFormat;
   const MemoryFormat format = !channels_last      ? MemoryFormat::Contiguous
                               : logits.dim() == 4 ? MemoryFormat::ChannelsLast
                                                   : MemoryFormat::ChannelsLast3d;
-  return torch::stable::empty(sizes_of(logits), logits.scalar_type(), std::nullopt, logits.device(), std::nullopt,
-                              format);
+  return torch::stable::empty(sizes_of(logits), dtype.value_or(logits.scalar_type()), std::nullopt, logits.device(),
+                              std::nullopt, format);
+}
+
+inline torch::stable::Tensor as_double(const torch::stable::Tensor& t) {
+  return torch::stable::contiguous(torch::stable::to(t, torch::headeronly::ScalarType::Double));
 }
 
 // Maps that are in neither memory format are copied. Maps of one spatial dimension have no channels_last.
 inline torch::stable::Tensor in_a_format(const torch::stable::Tensor& t) {
   return t.dim() > 3 && is_dense_channels_last(t) ? t : torch::stable::contiguous(t);
+}
+
+// --- pixel_cross_entropy
+
+inline void check_pixel_cross_entropy(const char* op, const torch::stable::Tensor& logits,
+                                      const OptTensor& class_weight, double gamma, double label_smoothing) {
+  check_logits(op, logits);
+  check_weight(op, "class_weight", class_weight, logits, {logits.size(1)});
+  check_gamma(op, gamma);
+  PYSEG_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing must be from 0 to 1, got ",
+              label_smoothing);
+}
+
+// The loss of a pixel in the terms of segmentation_math.h: pos * POS + NEG + nll * sum(NLL), times the classes'
+// weights, of targets target_scale * g + target_shift.
+struct PixelLossTerms {
+  double pos, nll, target_scale, target_shift;
+};
+
+inline PixelLossTerms pixel_loss_terms(const char* op, Activation activation, bool dense, int64_t classes, double gamma,
+                                       double smoothing) {
+  if (activation != Activation::kSoftmax) return {1, 0, 1 - smoothing, smoothing / 2};
+  if (dense) return {1, 0, 1 - smoothing, smoothing / double(classes)};
+  PYSEG_CHECK(gamma == 0 || smoothing == 0, op,
+              ": label_smoothing must be 0 where gamma is not, for softmax and labels, got ", smoothing,
+              " and gamma = ", gamma);
+  return {1 - smoothing, smoothing / double(classes), 1, 0};
+}
+
+inline torch::stable::Tensor new_pixel_loss(const torch::stable::Tensor& logits, Activation activation,
+                                            bool channels_last) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (activation != Activation::kSoftmax) return new_like(logits, channels_last, dtype);
+  return torch::stable::new_empty(logits, sizes_of_pixels(logits), dtype);
+}
+
+// --- _activation_vjp
+
+constexpr const char* kVjp = "_activation_vjp";
+
+inline void check_vjp(const torch::stable::Tensor& grad_p, const torch::stable::Tensor& logits,
+                      const torch::stable::Tensor& scale) {
+  check_logits(kVjp, logits);
+  check_weight(kVjp, "grad_p", grad_p, logits, sizes_of(logits));
+  check_weight(kVjp, "scale", scale, logits, {logits.size(0), logits.size(1)});
 }
 
 }  // namespace pyseg::loss

@@ -60,14 +60,14 @@ class SegmentationMaps {
     input.weight = keep(input.dense_weight ? in_a_format(*weight) : torch::stable::contiguous(*weight));
   }
 
-  // Calls f(workspace, errors, workers) and raises what it finds wrong with the labels.
+  // Calls f(run) and raises what it finds wrong with the labels.
   template <typename F>
   void run(const F& f) const {
     const Workers workers = workers_for(20. * double(logits().numel()));
     const torch::stable::Tensor workspace = torch::stable::new_empty(
         logits(), {segmentation_kernels().workspace(input, workers.count)}, torch::headeronly::ScalarType::Byte);
     std::vector<LabelError> errors(workers.count);
-    f(workspace.data_ptr(), errors.data(), workers);
+    f(SegmentationRun{workspace.data_ptr(), errors.data(), workers});
     for (const LabelError& error : errors) {
       if (!error.found) continue;
       const bool binary = input.dense || (input.classes == 1 && input.activation != Activation::kSoftmax);

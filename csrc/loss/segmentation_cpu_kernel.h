@@ -1,5 +1,5 @@
-// The interface between the CPU operators on segmentation maps and their kernels, which are compiled once per instruction
-// set: plain data and tables of functions, torch-free and without inline functions.
+// The interface between the CPU operators on segmentation maps and their kernels, which are compiled once per
+// instruction set: plain data and tables of functions, torch-free and without inline functions.
 #pragma once
 
 #include <cstdint>
@@ -38,17 +38,23 @@ struct LabelError {
   int64_t label;
 };
 
+struct SegmentationRun {
+  void* workspace;     // aligned to 64 bytes
+  LabelError* errors;  // one for each worker
+  const Workers& workers;
+};
+
 struct SegmentationKernels {
-  // Bytes of workspace of all three; workspaces are aligned to 64 bytes.
-  int64_t (*workspace)(const SegmentationInput&, int64_t workers);
+  int64_t (*workspace)(const SegmentationInput&, int64_t workers);  // bytes
   // Rows of partial sums that `statistics` adds up, each [classes, kStatistics] doubles.
   int64_t (*partials)(const SegmentationInput&);
-  // partial: [partials, classes, kStatistics]; statistics: [images, classes, kStatistics]; errors: one for each worker.
-  void (*statistics)(const SegmentationInput&, double* partial, double* statistics, void* workspace, LabelError* errors,
-                     const Workers&);
+  // partial: [partials, classes, kStatistics]; statistics: [images, classes, kStatistics].
+  void (*statistics)(const SegmentationInput&, double* partial, double* statistics, const SegmentationRun&);
   // grad: [classes, kStatistics] for each image, the next one `grad_stride` away; to: like the logits.
-  void (*backward)(const SegmentationInput&, const double* grad, int64_t grad_stride, void* to, void* workspace,
-                   LabelError* errors, const Workers&);
+  void (*backward)(const SegmentationInput&, const double* grad, int64_t grad_stride, void* to, const SegmentationRun&);
+  // The terms POS, NEG and NLL times their factors, [classes, kStatistics], unsummed: [images, pixels] for softmax,
+  // else like the logits; double for such logits, else float.
+  void (*pixel_loss)(const SegmentationInput&, const double* factors, void* to, const SegmentationRun&);
 };
 
 namespace baseline {

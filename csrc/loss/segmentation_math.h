@@ -17,8 +17,8 @@ enum StatisticsColumn { kPG, kP, kG, kPP, kGG, kPPG, kPos, kNeg, kWG, kW, kNll, 
 
 enum class Activation : uint8_t { kSoftmax, kSigmoid, kNone };
 
-// Logarithms of probabilities given as such (Activation::kNone) end here, as in torch's binary_cross_entropy, and so do the
-// denominators of their derivatives.
+// Logarithms of probabilities given as such (Activation::kNone) end here, as in torch's binary_cross_entropy, and so do
+// the denominators of their derivatives.
 constexpr double kLeastLog = -100, kLeastDenominator = 1e-12;
 
 }  // namespace pyseg

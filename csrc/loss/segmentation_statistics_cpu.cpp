@@ -38,8 +38,8 @@ Tensor segmentation_statistics(Tensor logits, Tensor target, OptTensor pixel_wei
   if (out.numel() == 0) return out;
   const Tensor partial = torch::stable::new_empty(
       logits, {segmentation_kernels().partials(in), in.classes, kStatistics}, ScalarType::Double);
-  maps.run([&](void* workspace, LabelError* errors, const Workers& workers) {
-    segmentation_kernels().statistics(in, data<double>(partial), data<double>(out), workspace, errors, workers);
+  maps.run([&](const SegmentationRun& run) {
+    segmentation_kernels().statistics(in, data<double>(partial), data<double>(out), run);
   });
   return out;
 }
@@ -54,9 +54,8 @@ Tensor segmentation_statistics_backward(Tensor grad, Tensor logits, Tensor targe
   Tensor out = new_like(logits, in.logits.channels_last);
   if (out.numel() == 0) return out;
   const Tensor rows = torch::stable::contiguous(grad);
-  maps.run([&](void* workspace, LabelError* errors, const Workers& workers) {
-    segmentation_kernels().backward(in, data<double>(rows), in.classes * kStatistics, out.data_ptr(), workspace, errors,
-                                    workers);
+  maps.run([&](const SegmentationRun& run) {
+    segmentation_kernels().backward(in, data<double>(rows), in.classes * kStatistics, out.data_ptr(), run);
   });
   return out;
 }

@@ -1,11 +1,11 @@
 """Fake kernels, autograd and autocast of `pyseg::segmentation_statistics`.
 
-With p = activation(z), g the target and w the pixel's weight, the operator's columns are sums over the pixels of an image
-and class: PG, P, G, PP, GG, PPG; POS, NEG, WG, W; NLL (csrc/loss/segmentation_math.h). Only those of p and its logarithms
-have a gradient, and only with respect to the logits: targets and weights get none.
+With p = activation(z), g the target and w the pixel's weight, the operator's columns are sums over the pixels of an
+image and class: PG, P, G, PP, GG, PPG; POS, NEG, WG, W; NLL (csrc/loss/segmentation_math.h). Only those of p and its
+logarithms have a gradient, and only with respect to the logits: targets and weights get none.
 
-Autocast changes nothing: 16-bit logits are read as they are and all sums are in float32 and float64, which is what torch's
-cross_entropy pays a copy of the logits in float32 for.
+Autocast changes nothing: 16-bit logits are read as they are and all sums are in float32 and float64, which is what
+torch's cross_entropy pays a copy of the logits in float32 for.
 
 The gradient is channels_last where the logits are (and could not be taken for contiguous), otherwise contiguous.
 """
@@ -63,7 +63,7 @@ def check_target(op: str, target: Tensor, logits: Tensor) -> bool:
     return dense
 
 
-def empty_like_logits(logits: Tensor) -> Tensor:
+def empty_like_logits(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """In the memory format of the logits, if that is one of torch's and not also contiguous."""
     memory_format = torch.contiguous_format
     if not logits.is_contiguous():
@@ -71,7 +71,7 @@ def empty_like_logits(logits: Tensor) -> Tensor:
             memory_format = torch.channels_last
         elif logits.dim() == 5 and logits.is_contiguous(memory_format=torch.channels_last_3d):
             memory_format = torch.channels_last_3d
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format)
+    return torch.empty(logits.shape, dtype=dtype or logits.dtype, device=logits.device, memory_format=memory_format)
 
 
 def _check_arguments(op: str, logits: Tensor, target: Tensor, pixel_weight: Tensor | None, activation: str) -> None:
@@ -81,7 +81,7 @@ def _check_arguments(op: str, logits: Tensor, target: Tensor, pixel_weight: Tens
         check(
             op,
             pixel_weight.dtype in FLOATS,
-            f"pixel_weight must be of floating-point numbers, got {pixel_weight.dtype}",
+            f"pixel_weight must be of floating point, got {pixel_weight.dtype}",
         )
         check(op, pixel_weight.device == logits.device, f"pixel_weight must be on {logits.device} like logits")
         check_shape(op, "pixel_weight", pixel_weight, [logits.shape[0], *logits.shape[2:]])
