@@ -1,4 +1,4 @@
-"""Losses beside other libraries', with those libraries' default arguments unless a test says more: values and gradients."""
+"""Losses beside other libraries', with their default arguments unless a test says more: values and gradients."""
 
 import itertools
 

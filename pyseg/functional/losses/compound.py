@@ -192,8 +192,7 @@ def combo_loss(
     if mode == "multiclass":
         sums = class_sums(of, table, None)
     else:
-        positive = torch.full_like(table.pos[0], 0.5 if beta is None else beta)
-        sums = element_sums(table, positive, 1 - positive)
+        sums = element_sums(table, *sigmoid_alpha(name, 0.5 if beta is None else beta, None, input.shape[1], input))
     return (alpha * add_ratio(of, *sums, reduction) - (1 - alpha) * (ones - loss)).to(of.wide)
 
 
