@@ -95,7 +95,10 @@ def problem(
         if target.dim() == input.dim() - 1 and target.dtype not in _LABEL_DTYPES:
             target = target.unsqueeze(1)
     labels = (input.shape[0], *input.shape[2:])
-    if target.shape not in (input.shape, labels):
+    # Compared with the one of as many dimensions: a comparison with the other would fix sizes of an exported graph.
+    if target.dim() not in (len(labels), input.dim()) or target.shape != (
+        input.shape if target.dim() == input.dim() else labels
+    ):
         expected = f"{list(labels)} or {list(input.shape)}"
         raise RuntimeError(f"{loss}: target must be {expected} like input, got {list(target.shape)}")
     activation = "none" if not from_logits else "softmax" if mode == "multiclass" else "sigmoid"
