@@ -36,9 +36,9 @@ from pyseg.functional.losses._common import (
 from pyseg.functional.losses.distribution import class_map, element_map
 from pyseg.functional.losses.region import class_weight
 
-# From p and g of some maps [M, *S] and which pixels count: the loss of each map [M], before the division by its
-# pixels, and its derivative by p, [M, *S].
-_MapLoss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+# From some maps [M, *S] of p, of g (float, or uint8 where it is 0 or 1) and of g > 0.5: the loss of each map [M], before
+# the division by its pixels, and its derivative by p, [M, *S].
+_MapLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _loss_and_error(of: Problem, chosen: list[int], map_loss: _MapLoss) -> tuple[Tensor, Tensor]:
@@ -52,28 +52,46 @@ def _loss_and_error(of: Problem, chosen: list[int], map_loss: _MapLoss) -> tuple
     else:
         error = logits.sigmoid() if of.activation == "sigmoid" else logits.clone()
     table = torch.zeros(error.shape[:2], dtype=torch.float64, device=error.device)
-    valid = of.valid()
-    images = [slice(None)] if error.is_cuda else [slice(n, n + 1) for n in range(error.shape[0])]
-    taken = set(chosen)
-    for c in range(error.shape[1]):
-        if c not in taken:
-            error[:, c].zero_()
-            continue
-        for part in images:
-            target = of.target[part, c] if of.dense else of.target[part]
-            mask = None if valid is None else valid[part, c] if of.dense else valid[part]
-            g = (target if of.dense else target == (1 if error.shape[1] == 1 else c)).to(error.dtype)
+    for c in set(range(error.shape[1])) - set(chosen):
+        error[:, c].zero_()
+    target, valid = _small_labels(of), of.valid()
+    for part in [slice(None)] if error.is_cuda else [slice(n, n + 1) for n in range(error.shape[0])]:
+        for c in chosen:
             p = error[part, c]
-            if mask is not None:
-                p, g = (torch.where(mask, t, 0.0) for t in (p, g))
-            loss, slope = map_loss(p, g, mask)
-            pixels = p.new_full((), max(of.pixels, 1)) if mask is None else mask.flatten(1).sum(1).clamp_min(1)
+            if of.dense:
+                g = target[part, c]
+                inside = g > 0.5 if g.is_floating_point() else g == 1
+            else:
+                g = inside = target[part] == (1 if error.shape[1] == 1 else c)
+            mask = None if valid is None else valid[part, c] if of.dense else valid[part]
+            if mask is None:
+                loss, slope = map_loss(p, g if g.is_floating_point() else inside.view(torch.uint8), inside)
+                table[part, c] = loss / max(of.pixels, 1)
+                torch.mul(slope, 1 / max(of.pixels, 1), out=p)
+                continue
+            inside = inside & mask
+            loss, slope = map_loss(torch.where(mask, p, 0.0), inside.view(torch.uint8), inside)
+            pixels = mask.flatten(1).sum(1).clamp_min(1)
             table[part, c] = loss / pixels
-            if mask is not None:
-                pixels = pixels.view(-1, *[1] * (p.dim() - 1))
-                slope = torch.where(mask, slope, 0.0)
-            error[part, c] = slope / pixels
+            p.copy_(torch.where(mask, slope / pixels.view(-1, *[1] * (p.dim() - 1)), 0.0))
     return table, error
+
+
+def _small_labels(of: Problem) -> Tensor:
+    """The target; labels as uint8 where that can tell them all apart, which is read faster once a class."""
+    if of.dense:
+        return of.target
+    channels = of.logits.shape[1]
+    limit = max(channels, 2)
+    if of.target.device.type == "cpu" and of.target.numel():
+        valid = of.valid()
+        low, high = (of.target if valid is None else of.target.where(valid, 0)).aminmax()
+        if low < 0 or high >= limit:
+            got = low if low < 0 else high
+            raise RuntimeError(f"{of.loss}: target must be in [0, {limit}) or ignore_index, got {got.item()}")
+    if of.ignore_index is not None or limit > 256 or of.target.dtype == torch.bool:
+        return of.target
+    return of.target.to(torch.uint8)
 
 
 class _MapLossFunction(torch.autograd.Function):
@@ -168,8 +186,8 @@ def hausdorff_dt_loss(
     of = problem(name, input, target, mode, from_logits, ignore_index)
     steps = _unit(spacing, of)
 
-    def map_loss(p: Tensor, g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        curves = [g > 0.5] if one_sided else [g > 0.5, p > 0.5]
+    def map_loss(p: Tensor, g: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        curves = [inside] if one_sided else [inside, p > 0.5]
         distances = _squared_distance(torch.stack(curves), steps, p.dtype)
         if alpha != 2:
             distances = distances.pow_(alpha / 2)
@@ -211,7 +229,7 @@ def hausdorff_er_loss(
         raise ValueError(f"{name}: erosions must be at least 1, got {erosions}")
     of = problem(name, input, target, mode, from_logits, ignore_index)
 
-    def map_loss(p: Tensor, g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def map_loss(p: Tensor, g: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         axes = p.dim() - 1
         kernel = _cross(axes, p)
         convolve = F.conv2d if axes == 2 else F.conv3d
@@ -272,8 +290,7 @@ def boundary_loss(
     of = problem(name, input, target, mode, from_logits, ignore_index)
     steps = _unit(spacing, of)
 
-    def map_loss(p: Tensor, g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        inside = g > 0.5
+    def map_loss(p: Tensor, g: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         distance = _squared_distance(inside, steps, p.dtype).sqrt_()
         phi = torch.where(inside & (distance > 0), 1 - distance, distance)
         return (p * phi).flatten(1).sum(1), phi
