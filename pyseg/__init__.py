@@ -5,7 +5,7 @@ import sys as _sys
 # `python -m pyseg.collect_env` imports this package first and must work where the lines below fail.
 if "pyseg.collect_env" not in _sys.orig_argv:
     from pyseg import _loader as _loader  # first: it says what is wrong with an installation
-    from pyseg import functional, models, nn, reference
+    from pyseg import compat, functional, models, nn, reference
     from pyseg._accelerate import accelerate, report, restore
     from pyseg._build import BuildInfo, build_info, has_cuda
 
@@ -14,6 +14,7 @@ if "pyseg.collect_env" not in _sys.orig_argv:
         "BuildInfo",
         "accelerate",
         "build_info",
+        "compat",
         "functional",
         "has_cuda",
         "models",

@@ -2,5 +2,7 @@
 
 from pyseg.nn.atrous_conv2d import AtrousConv2d as AtrousConv2d
 from pyseg.nn.atrous_conv2d import AtrousConv2dPlan as AtrousConv2dPlan
+from pyseg.nn.losses import *  # noqa: F403
+from pyseg.nn.losses import __all__ as _losses
 
-__all__ = ["AtrousConv2d", "AtrousConv2dPlan"]
+__all__ = ["AtrousConv2d", "AtrousConv2dPlan", *_losses]

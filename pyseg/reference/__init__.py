@@ -1,5 +1,15 @@
 """Slow, obvious implementations written from the definitions: what the tests compare the kernels with."""
 
 from pyseg.reference.atrous_conv2d import atrous_conv2d as atrous_conv2d
+from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
+from pyseg.reference.distance_transform import distance_transform as distance_transform
+from pyseg.reference.pixel_cross_entropy import pixel_cross_entropy as pixel_cross_entropy
+from pyseg.reference.segmentation_statistics import segmentation_statistics as segmentation_statistics
 
-__all__ = ["atrous_conv2d"]
+__all__ = [
+    "atrous_conv2d",
+    "distance_to_two_nearest_objects",
+    "distance_transform",
+    "pixel_cross_entropy",
+    "segmentation_statistics",
+]

@@ -1,0 +1,113 @@
+// distance_transform and distance_to_two_nearest_objects on the CPU: workspace, threads, registration.
+#include "distance/distance_transform_cpu.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "common/cpu_capability.h"
+#include "distance/distance_transform_check.h"
+
+namespace pyseg {
+
+const DistanceKernelTable& distance_kernel_table() {
+#if defined(PYSEG_X86_TARGETS)
+  switch (cpu_capability()) {
+    case CpuCapability::kAvx512: return avx512::distance_kernels;
+    case CpuCapability::kAvx2: return avx2::distance_kernels;
+    case CpuCapability::kBaseline: break;
+  }
+#endif
+  return baseline::distance_kernels;
+}
+
+namespace distance {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr double kWorkPerElement = 8;  // in the multiply-adds that workers_for counts
+
+Tensor new_distances(const Tensor& like, bool float64) {
+  return torch::stable::new_empty(like, like.sizes(), float64 ? ScalarType::Double : ScalarType::Float);
+}
+
+// Aligned to kAlignment bytes: rows of scratch are whole cache lines.
+struct Workspace {
+  static constexpr int64_t kAlignment = 64;
+  Workspace(const Tensor& like, int64_t bytes)
+      : tensor(torch::stable::new_empty(like, {bytes + kAlignment}, ScalarType::Byte)) {
+    const auto at = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    data = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  Tensor tensor;
+  void* data;
+};
+
+std::tuple<Tensor, Tensor> distance_transform(Tensor input, std::vector<double> spacing, std::string mode, bool squared,
+                                              bool return_indices, bool float64) {
+  const Mode checked_mode = check_mode(mode);
+  const Grid grid = check_grid(kTransform, "input", input, spacing);
+  const bool labels = checked_mode == Mode::kLabels || checked_mode == Mode::kObjects;
+  const Element element = check_element(kTransform, "input", input, labels);
+  const Tensor x = torch::stable::contiguous(input);
+  Tensor output = new_distances(input, float64);
+  Tensor indices = torch::stable::new_empty(
+      input, return_indices ? index_sizes(input, grid.dims) : std::vector<int64_t>{0}, ScalarType::Long);
+  if (input.numel() == 0) return {output, indices};
+  const DistanceArgs args{.input = x.data_ptr(),
+                          .element_bytes = element.bytes,
+                          .floating = element.floating,
+                          .mode = checked_mode,
+                          .dims = grid.dims,
+                          .n = grid.n,
+                          .d = grid.sizes[0],
+                          .h = grid.sizes[1],
+                          .w = grid.sizes[2],
+                          .spacing = {grid.spacing[0], grid.spacing[1], grid.spacing[2]},
+                          .squared = squared,
+                          .float64 = float64,
+                          .output = output.data_ptr(),
+                          .indices = return_indices ? static_cast<int64_t*>(indices.data_ptr()) : nullptr};
+  const DistanceKernelTable& kernels = distance_kernel_table();
+  const Workers workers = workers_for(kWorkPerElement * double(input.numel()));
+  const Workspace workspace(input, kernels.transform_workspace(args, workers.count));
+  kernels.transform(args, workspace.data, workers);
+  return {output, indices};
+}
+
+std::tuple<Tensor, Tensor> distance_to_two_nearest_objects(Tensor labels, std::vector<double> spacing, bool squared,
+                                                           bool float64) {
+  const Grid grid = check_grid(kTwoNearest, "labels", labels, spacing);
+  check_element(kTwoNearest, "labels", labels, true);
+  const Tensor x = torch::stable::contiguous(torch::stable::to(labels, ScalarType::Int));
+  Tensor first = new_distances(labels, float64), second = new_distances(labels, float64);
+  if (labels.numel() == 0) return {first, second};
+  const TwoNearestArgs args{.labels = static_cast<const int32_t*>(x.data_ptr()),
+                            .n = grid.n,
+                            .d = grid.sizes[0],
+                            .h = grid.sizes[1],
+                            .w = grid.sizes[2],
+                            .spacing = {grid.spacing[0], grid.spacing[1], grid.spacing[2]},
+                            .squared = squared,
+                            .float64 = float64,
+                            .first = first.data_ptr(),
+                            .second = second.data_ptr()};
+  const DistanceKernelTable& kernels = distance_kernel_table();
+  const Workers workers = workers_for(2 * kWorkPerElement * double(labels.numel()));
+  const Workspace workspace(labels, kernels.two_nearest_workspace(args, workers.count));
+  kernels.two_nearest(args, workspace.data, workers);
+  return {first, second};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
+  m.impl("distance_transform", TORCH_BOX(&distance_transform));
+  m.impl("distance_to_two_nearest_objects", TORCH_BOX(&distance_to_two_nearest_objects));
+}
+
+}  // namespace distance
+}  // namespace pyseg

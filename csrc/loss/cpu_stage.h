@@ -1,0 +1,322 @@
+// Blocks of pixels of a segmentation map in the scratch memory of one worker: rows of one class over the block's
+// pixels, in the type that is computed in, whatever the memory format and dtype of the tensors.
+//
+// A block is padded to whole vectors, and padding counts as pixels that are left out, so that no loop has a remainder.
+// Logits lie in the map's classes far apart, at distances that often share all sets of the caches; in the scratch they
+// lie close together, and the passes that follow find them there.
+#pragma once
+
+#include "common/cpu_convert.h"
+#include "common/cpu_workers.h"
+#include "loss/segmentation_cpu_kernel.h"
+
+namespace pyseg {
+namespace PYSEG_TARGET {
+namespace {
+
+constexpr int64_t kUnitPixels = 8192;      // pixels of an image whose sums are added up before others join them
+constexpr int64_t kBlockBytes = 48 << 10;  // of a block's logits: the first-level cache, about
+constexpr int64_t kMostPixels = 1024, kLeastPixels = 64;
+constexpr int64_t kCacheLine = 64;
+
+// What an element that is left out has for a target, in g rows. No target is this number.
+template <typename A>
+constexpr A kLeftOut = A(-0x1p127);
+
+template <typename T>
+constexpr bool kIsFloat = kSame<T, Half> || kSame<T, BFloat16> || kSame<T, float> || kSame<T, double>;
+
+template <typename Pointer>
+struct Pointee;
+template <typename T>
+struct Pointee<const T*> {
+  using Type = T;
+};
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+inline bool is_double(const SegmentationInput& in) { return in.logits.type == Element::kDouble; }
+inline int64_t units_of_image(const SegmentationInput& in) { return (in.pixels + kUnitPixels - 1) / kUnitPixels; }
+
+// One channel that is no softmax is the foreground of a binary problem: its labels are 0 and 1.
+inline bool is_binary(const SegmentationInput& in) { return in.classes == 1 && in.activation != Activation::kSoftmax; }
+inline int64_t label_limit(const SegmentationInput& in) { return is_binary(in) ? 2 : in.classes; }
+
+template <typename A>
+int64_t block_pixels(const SegmentationInput& in) {
+  const int64_t fitting = kBlockBytes / (int64_t(sizeof(A)) * (in.classes + 1)) / kLeastPixels * kLeastPixels;
+  return smaller(larger(fitting, kLeastPixels), kMostPixels);
+}
+
+// Hands out pieces of a workspace, or only counts them where it is null.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    char* piece = base_ + used_;
+    used_ += round_up(count * int64_t(sizeof(T)), kCacheLine);
+    return base_ ? reinterpret_cast<T*>(piece) : nullptr;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// to[c * step + i] = from[i * channels + c]
+template <typename A, typename T>
+inline void split_channels(const T* from, int64_t count, int64_t channels, A* to, int64_t step) {
+  constexpr int64_t kTile = 16;
+  for (int64_t first = 0; first < count; first += kTile) {
+    const int64_t last = smaller(first + kTile, count);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = first; i < last; ++i) to[c * step + i] = A(widen(from[i * channels + c]));
+  }
+}
+
+// The reverse.
+template <typename A, typename T>
+inline void join_channels(const A* from, int64_t step, int64_t count, int64_t channels, T* to) {
+  constexpr int64_t kTile = 16;
+  for (int64_t first = 0; first < count; first += kTile) {
+    const int64_t last = smaller(first + kTile, count);
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t c = 0; c < channels; ++c) to[i * channels + c] = narrowed<T>(from[c * step + i]);
+  }
+}
+
+template <typename A>
+class Stage {
+ public:
+  using V = Vec<A>;
+  static constexpr int64_t kLane = kLanes<A>;
+  static constexpr int64_t kPad = 2 * kLane;  // loops over pixels may take two vectors at a time
+
+  Stage(const SegmentationInput& input, Arena& arena)
+      : in(input),
+        step(block_pixels<A>(input)),
+        logits(arena.take<A>((input.classes + 1) * step)),
+        label(arena.take<A>(step)),
+        index(arena.take<int32_t>(step)),
+        weight(arena.take<A>(step)),
+        g(arena.take<A>(step)),
+        targets_(input.dense && input.target.channels_last ? arena.take<A>(input.classes * step) : nullptr),
+        weights_(input.dense_weight && input.weight.channels_last ? arena.take<A>(input.classes * step) : nullptr),
+        limit_(A(label_limit(input))) {
+    // Pixels that are left out carry the label after the last: it has a row, so that nobody need ask.
+    if (logits)
+      for (int64_t i = 0; i < step; ++i) logits[in.classes * step + i] = A(0);
+  }
+
+  const SegmentationInput& in;
+  const int64_t step;  // from one row to the next
+  A* const logits;     // [classes + 1, step]
+  A* const label;      // [step], as numbers of the type that vectors compare
+  int32_t* const index;
+  A* const weight;  // [step], 0 for pixels that are left out
+  A* const g;       // [step], a class's targets: load_target
+  int64_t image = 0, first = 0, count = 0, padded = 0;
+  LabelError error{};
+
+  // The block's pixels first..first + count of an image. Labels and weights of pixels are read, logits are not.
+  void begin(int64_t image_, int64_t first_, int64_t count_) {
+    image = image_;
+    first = first_;
+    count = count_;
+    padded = round_up(count, kPad);
+    if (!in.dense) load_labels();
+    if (in.dense && targets_) load_channels(in.target, [&](auto from) { split_targets(from); });
+    if (in.pixel || in.smoothing) load_weights();
+  }
+
+  bool all_count() const { return all_count_; }
+  V counts(int64_t i) const { return load(label + i); }
+  A limit() const { return limit_; }
+
+  // Row c of the logits, in the scratch.
+  A* load_logits(int64_t c) {
+    A* row = logits + c * step;
+    load_row(in.logits, c, row);
+    return row;
+  }
+
+  void load_all_logits() {
+    if (!in.logits.channels_last) {
+      for (int64_t c = 0; c < in.classes; ++c) load_logits(c);
+      return;
+    }
+    load_channels(in.logits, [&](auto from) { split_channels(from, count, in.classes, logits, step); });
+    for (int64_t c = 0; c < in.classes; ++c) pad(logits + c * step, A(0));
+  }
+
+  // Class c's targets into g; kLeftOut where an element does not count.
+  void load_target(int64_t c) {
+    if (!in.dense) {
+      const V own = broadcast<A>(is_binary(in) ? A(1) : A(c)), none = broadcast<A>(limit_);
+      const V yes = broadcast<A>(A(1) * A(in.target_scale) + A(in.target_shift)), no = broadcast<A>(A(in.target_shift));
+      const V out = broadcast<A>(kLeftOut<A>);
+      for (int64_t i = 0; i < padded; i += kLane) {
+        const V l = load(label + i);
+        store(g + i, l == none ? out : l == own ? yes : no);
+      }
+      return;
+    }
+    if (targets_) {
+      for (int64_t i = 0; i < padded; i += kLane) store(g + i, load(targets_ + c * step + i));
+    } else {
+      load_run(in.target, c, [&](auto from) { targets_of(from, count, g); });
+    }
+    pad(g, kLeftOut<A>);
+    if (in.target_scale == 1 && in.target_shift == 0) return;
+    const V scale = broadcast<A>(A(in.target_scale)), shift = broadcast<A>(A(in.target_shift));
+    const V out = broadcast<A>(kLeftOut<A>);
+    for (int64_t i = 0; i < padded; i += kLane) {
+      const V v = load(g + i);
+      store(g + i, v == out ? out : v * scale + shift);
+    }
+  }
+
+  // Class c's weights, where every element has one.
+  void load_weight(int64_t c) {
+    if (!in.dense_weight) return;
+    if (weights_) {
+      for (int64_t i = 0; i < padded; i += kLane) store(weight + i, load(weights_ + c * step + i));
+    } else {
+      load_row(in.weight, c, weight);
+    }
+  }
+
+  // Where class c's row of a result is to be written: in place, or into `row` of the scratch, which `write` then
+  // stores. Results have the memory format of the logits.
+  A* row_of_result(void* to, Element type, int64_t c, A* row) const {
+    return in_place(type) ? static_cast<A*>(to) + (image * in.classes + c) * in.pixels + first : row;
+  }
+  void write(const A* row, void* to, Element type, int64_t c) const {
+    if (in.logits.channels_last || in_place(type)) return;
+    with_type(type, [&](auto pointer) {
+      using T = typename Pointee<decltype(pointer)>::Type;
+      narrow_run(row, static_cast<T*>(to) + (image * in.classes + c) * in.pixels + first, count);
+    });
+  }
+  // After the last row: all rows, [classes, step], of a channels-last result.
+  void write_all(const A* rows, void* to, Element type) const {
+    if (!in.logits.channels_last) return;
+    with_type(type, [&](auto pointer) {
+      using T = typename Pointee<decltype(pointer)>::Type;
+      join_channels(rows, step, count, in.classes, static_cast<T*>(to) + (image * in.pixels + first) * in.classes);
+    });
+  }
+
+ private:
+  A* const targets_;
+  A* const weights_;
+  const A limit_;
+  bool all_count_ = true;
+
+  bool in_place(Element type) const {
+    return !in.logits.channels_last && type == (sizeof(A) == 8 ? Element::kDouble : Element::kFloat) && padded == count;
+  }
+
+  void pad(A* row, A value) const {
+    for (int64_t i = count; i < padded; ++i) row[i] = value;
+  }
+
+  // f gets the address of class c's run of pixels.
+  template <typename F>
+  void load_run(const PixelMap& map, int64_t c, const F& f) const {
+    with_type(map.type, [&](auto type) {
+      f(static_cast<decltype(type)>(map.data) + (image * in.classes + c) * in.pixels + first);
+    });
+  }
+  // f gets the address of the block's first pixel in a channels-last map.
+  template <typename F>
+  void load_channels(const PixelMap& map, const F& f) const {
+    with_type(map.type,
+              [&](auto type) { f(static_cast<decltype(type)>(map.data) + (image * in.pixels + first) * in.classes); });
+  }
+  // f gets the address of the run of pixels in a map without classes.
+  template <typename F>
+  void load_pixels(const PixelMap& map, const F& f) const {
+    with_type(map.type, [&](auto type) { f(static_cast<decltype(type)>(map.data) + image * in.pixels + first); });
+  }
+
+  void load_row(const PixelMap& map, int64_t c, A* row) const {
+    load_run(map, c, [&](auto from) { convert_run(from, row, count); });
+    pad(row, A(0));
+  }
+
+  template <typename T>
+  void labels_of(const T* from) {
+    const int64_t limit = label_limit(in), ignore = in.ignore;
+    const bool has_ignore = in.has_ignore;
+    bool ignored = count != padded, wrong = false;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t l = from[i];
+      const bool out = has_ignore && l == ignore, known = l >= 0 && l < limit;
+      wrong |= !out && !known;
+      ignored |= out;
+      index[i] = out || !known ? int32_t(limit) : int32_t(l);
+    }
+    for (int64_t i = count; i < padded; ++i) index[i] = int32_t(limit);
+    for (int64_t i = 0; i < padded; ++i) label[i] = A(index[i]);
+    all_count_ = !ignored;
+    if (!wrong) return;
+    all_count_ = false;
+    for (int64_t i = 0; i < count && !error.found; ++i) note(from[i], limit);
+  }
+
+  void note(int64_t value, int64_t limit) {
+    if (error.found || (value >= 0 && value < limit) || (in.has_ignore && value == in.ignore)) return;
+    error = {true, value};
+  }
+
+  void load_labels() {
+    load_pixels(in.target, [&](auto from) {
+      using T = typename Pointee<decltype(from)>::Type;
+      if constexpr (!kIsFloat<T>) labels_of(from);  // labels of other dtypes have been refused
+    });
+  }
+
+  // Targets of single elements: numbers in [0, 1], or the integers 0, 1 and the one to leave out.
+  template <typename T>
+  A target_of(T value) {
+    if constexpr (kIsFloat<T>) {
+      return A(widen(value));
+    } else {
+      if (in.has_ignore && value == in.ignore) return kLeftOut<A>;
+      if (value == 0 || value == 1) return A(value);
+      note(value, 2);
+      return kLeftOut<A>;
+    }
+  }
+  template <typename T>
+  void targets_of(const T* from, int64_t n, A* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = target_of(from[i]);
+  }
+  template <typename T>
+  void split_targets(const T* from) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < in.classes; ++c) targets_[c * step + i] = target_of(from[i * in.classes + c]);
+  }
+
+  void load_weights() {
+    if (in.weight.data == nullptr) {
+      for (int64_t i = 0; i < padded; ++i) weight[i] = A(1);
+    } else if (weights_) {
+      load_channels(in.weight, [&](auto from) { split_channels(from, count, in.classes, weights_, step); });
+      for (int64_t c = 0; c < in.classes; ++c) pad(weights_ + c * step, A(0));
+    } else if (!in.dense_weight) {
+      load_pixels(in.weight, [&](auto from) { convert_run(from, weight, count); });
+      pad(weight, A(0));
+    }
+    if (in.dense || all_count_ || in.dense_weight) return;
+    const V none = broadcast<A>(limit_);
+    for (int64_t i = 0; i < padded; i += kLane) store(weight + i, load(label + i) == none ? V{} : load(weight + i));
+  }
+};
+
+}  // namespace
+}  // namespace PYSEG_TARGET
+}  // namespace pyseg
