@@ -135,6 +135,25 @@ class Stage {
   V counts(int64_t i) const { return load(label + i); }
   A limit() const { return limit_; }
 
+  // Row c of the logits, in the scratch, and the larger of `most` and its elements into `most`.
+  const A* load_logits_and_most(int64_t c, A* most) {
+    constexpr Element kOwn = sizeof(A) == 8 ? Element::kDouble : Element::kFloat;
+    A* row = logits + c * step;
+    const A* from = row;
+    if (!in.logits.channels_last && in.logits.type == kOwn && padded == count) {
+      from = static_cast<const A*>(in.logits.data) + (image * in.classes + c) * in.pixels + first;
+      prefetch_next(from);
+    } else if (!in.logits.channels_last) {
+      load_logits(c);
+    }
+    for (int64_t i = 0; i < padded; i += kLane) {
+      const V z = load(from + i), m = load(most + i);
+      if (from != row) store(row + i, z);
+      store(most + i, m < z ? z : m);
+    }
+    return row;
+  }
+
   // Row c of the logits, in the scratch.
   A* load_logits(int64_t c) {
     A* row = logits + c * step;
@@ -242,28 +261,37 @@ class Stage {
     with_type(map.type, [&](auto type) { f(static_cast<decltype(type)>(map.data) + image * in.pixels + first); });
   }
 
+  // The next block's run: the processor's own prefetchers give up where runs are this short.
+  template <typename T>
+  void prefetch_next(const T* from) const {
+    const char* next = reinterpret_cast<const char*>(from + step);
+    for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += kCacheLine) __builtin_prefetch(next + i, 0, 2);
+  }
+
   void load_row(const PixelMap& map, int64_t c, A* row) const {
-    load_run(map, c, [&](auto from) { convert_run(from, row, count); });
+    load_run(map, c, [&](auto from) {
+      prefetch_next(from);
+      convert_run(from, row, count);
+    });
     pad(row, A(0));
   }
 
   template <typename T>
   void labels_of(const T* from) {
     const int64_t limit = label_limit(in), ignore = in.ignore;
-    const bool has_ignore = in.has_ignore;
-    bool ignored = count != padded, wrong = false;
-    for (int64_t i = 0; i < count; ++i) {
+    const int has_ignore = in.has_ignore;
+    int ignored = count != padded, wrong = 0;
+    for (int64_t i = 0; i < count; ++i) {  // no branches: the compiler makes vectors of it
       const int64_t l = from[i];
-      const bool out = has_ignore && l == ignore, known = l >= 0 && l < limit;
-      wrong |= !out && !known;
+      const int out = has_ignore & (l == ignore), unknown = (l < 0) | (l >= limit);
+      wrong |= unknown & ~out;
       ignored |= out;
-      index[i] = out || !known ? int32_t(limit) : int32_t(l);
+      index[i] = int32_t(out | unknown ? limit : l);
     }
     for (int64_t i = count; i < padded; ++i) index[i] = int32_t(limit);
     for (int64_t i = 0; i < padded; ++i) label[i] = A(index[i]);
-    all_count_ = !ignored;
+    all_count_ = !(ignored | wrong);
     if (!wrong) return;
-    all_count_ = false;
     for (int64_t i = 0; i < count && !error.found; ++i) note(from[i], limit);
   }
 
