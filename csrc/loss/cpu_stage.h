@@ -161,6 +161,17 @@ class Stage {
     return row;
   }
 
+  // The same, in either memory format.
+  const A* load_class(int64_t c) {
+    if (!in.logits.channels_last) return load_logits(c);
+    A* row = logits + c * step;
+    load_channels(in.logits, [&](auto from) {
+      for (int64_t i = 0; i < count; ++i) row[i] = A(widen(from[i * in.classes + c]));
+    });
+    pad(row, A(0));
+    return row;
+  }
+
   void load_all_logits() {
     if (!in.logits.channels_last) {
       for (int64_t c = 0; c < in.classes; ++c) load_logits(c);
@@ -217,6 +228,15 @@ class Stage {
     with_type(type, [&](auto pointer) {
       using T = typename Pointee<decltype(pointer)>::Type;
       narrow_run(row, static_cast<T*>(to) + (image * in.classes + c) * in.pixels + first, count);
+    });
+  }
+  // All pixels of an image's class, in either memory format.
+  void write_plane(const A* plane, void* to, Element type, int64_t image_, int64_t c) const {
+    with_type(type, [&](auto pointer) {
+      using T = typename Pointee<decltype(pointer)>::Type;
+      T* target = static_cast<T*>(to) + image_ * in.classes * in.pixels;
+      if (!in.logits.channels_last) return narrow_run(plane, target + c * in.pixels, in.pixels);
+      for (int64_t i = 0; i < in.pixels; ++i) target[i * in.classes + c] = narrowed<T>(plane[i]);
     });
   }
   // After the last row: all rows, [classes, step], of a channels-last result.

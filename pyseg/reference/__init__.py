@@ -1,7 +1,8 @@
 """Slow, obvious implementations written from the definitions: what the tests compare the kernels with."""
 
 from pyseg.reference.atrous_conv2d import atrous_conv2d as atrous_conv2d
+from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
 from pyseg.reference.pixel_cross_entropy import pixel_cross_entropy as pixel_cross_entropy
 from pyseg.reference.segmentation_statistics import segmentation_statistics as segmentation_statistics
 
-__all__ = ["atrous_conv2d", "pixel_cross_entropy", "segmentation_statistics"]
+__all__ = ["atrous_conv2d", "lovasz_statistics", "pixel_cross_entropy", "segmentation_statistics"]
