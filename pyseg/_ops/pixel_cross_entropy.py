@@ -1,7 +1,7 @@
 """Fake kernels, autograd and autocast of `pyseg::pixel_cross_entropy`.
 
-The loss of every pixel (softmax) or element (sigmoid, none), float32 for 16-bit logits. Autocast changes nothing: 16-bit
-logits are read as they are and computed with in float32. Only the logits have a gradient. Memory formats as in
+The loss of every pixel (softmax) or element (sigmoid, none), float32 for 16-bit logits. Autocast changes nothing:
+16-bit logits are read as they are and computed with in float32. Only the logits have a gradient. Memory formats as in
 segmentation_statistics.py; the loss of elements has that of the logits.
 """
 
