@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyseg.functional.losses._common import (
     Absent,
@@ -372,26 +371,6 @@ def mcc_loss(
 # ---- Lovasz: sorted errors ----
 
 
-class _Lovasz(torch.autograd.Function):
-    """Keeps the gradient with respect to the probabilities, one tensor like the logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, activation: str, ignore_index: int | None, per_image: bool
-    ) -> Tensor:
-        loss, grad_p = torch.ops.pyseg.lovasz_statistics(logits, target, activation, ignore_index, per_image)
-        ctx.save_for_backward(grad_p, logits)
-        ctx.activation = "none" if activation == "hinge" else activation
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_p, logits = ctx.saved_tensors
-        scale = grad.expand(logits.shape[:2])
-        return torch.ops.pyseg._activation_vjp(grad_p, logits, scale, ctx.activation), None, None, None, None
-
-
 def _present(of: Problem, batch: bool) -> Tensor:
     """Which classes have target pixels: [N, C], or [1, C] over the batch."""
     channels = of.logits.shape[1]
@@ -413,7 +392,8 @@ def _lovasz(
     of: Problem, activation: str, weight: Weight, absent: str, chosen: list[int] | None, reduction: str, batch: bool
 ) -> Tensor:
     check_reduction(of.loss, reduction, absent)
-    loss: Tensor = _Lovasz.apply(of.logits, of.target, activation, of.ignore_index, not batch)
+    # Keeps the gradient with respect to the probabilities for its backward.
+    loss, _ = torch.ops.pyseg.lovasz_statistics(of.logits, of.target, activation, of.ignore_index, not batch)
     present = None if absent == "include" else _present(of, batch)
     if chosen is not None:
         loss = loss[:, chosen]
