@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     print(f"\n{'right quarter':24}{'IoU':>8}{'HD95':>10}")
     for name, (iou, distance, _) in (("before training", before), ("after training", after)):
-        print(f"{name:24}{iou:8.3f}{distance:7.1f} px")
+        print(f"{name:24}{iou:8.3f}{distance:7.1f} px" + (", nothing found" if distance == float("inf") else ""))
     taken = time.perf_counter() - started
     print(f"trained in {taken:.0f} s, {arguments.steps} steps of {BATCH} crops of {CROP}x{CROP}")
     print_costs()
