@@ -207,7 +207,7 @@ def test_unet_trains(tmp_path):
 
     environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
     script, out = ROOT / "examples" / "train_unet_cells.py", tmp_path / "nuclei.png"
-    command = [sys.executable, str(script), "--steps", "8", "-o", str(out)]
+    command = [sys.executable, str(script), "--steps", "8", "--threads", "1", "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     assert re.search(r"after training +\d\.\d{3}", done.stdout)

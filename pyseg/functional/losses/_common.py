@@ -305,6 +305,14 @@ def smooths(smooth: Smooth) -> tuple[float, float]:
     return smooth if isinstance(smooth, tuple) else (smooth, smooth)
 
 
+def score(numerator: Tensor, denominator: Tensor, smooth: Smooth) -> Tensor:
+    """(numerator + s) / (denominator + s'), and 1 with gradient zero for 0 / 0."""
+    above, below = smooths(smooth)
+    if below > 0:  # sums of probabilities are not negative
+        return (numerator + above) / (denominator + below)
+    return ratio(numerator + above, denominator)
+
+
 def ratio(numerator: Tensor, denominator: Tensor, empty: float = 1.0) -> Tensor:
     """numerator / denominator, and `empty` with gradient zero where the denominator is zero."""
     zero = denominator == 0

@@ -26,6 +26,7 @@ from pyseg.functional.losses._common import (
     ratio,
     reduce_table,
     safe_pow,
+    score,
     smooths,
     statistics,
     vector,
@@ -75,15 +76,13 @@ def class_weight(of: Problem, weight: Weight, chosen: list[int] | None) -> Tenso
 
 def dice_score(table: Table, squared: bool, smooth: Smooth) -> Tensor:
     """(2 * sum(p*g) + s) / (sum(p) + sum(g) + s), or with squares in the denominator."""
-    above, below = smooths(smooth)
     p, g = (table.pp, table.gg) if squared else (table.p, table.g)
-    return ratio(2 * table.pg + above, p + g + below)
+    return score(2 * table.pg, p + g, smooth)
 
 
 def tversky_score(table: Table, alpha: float, beta: float, smooth: Smooth) -> Tensor:
     """sum(p*g) over itself, alpha times the false positives and beta times the false negatives."""
-    above, below = smooths(smooth)
-    return ratio(table.pg + above, (1 - alpha - beta) * table.pg + alpha * table.p + beta * table.g + below)
+    return score(table.pg, (1 - alpha - beta) * table.pg + alpha * table.p + beta * table.g, smooth)
 
 
 # ---- losses ----
@@ -176,7 +175,7 @@ def generalized_dice_loss(
     one_of(name, "w_type", w_type, ("square", "simple", "uniform"))
     of = _region(name, input, target, None, mode, from_logits, absent, classes, include_background, ignore_index,
                  label_smoothing, reduction, batch, group)  # fmt: skip
-    table, (above, below) = of.table, smooths(smooth)
+    table = of.table
     weight = torch.ones_like(table.g)
     if w_type != "uniform":
         present = table.g > 0
@@ -186,8 +185,7 @@ def generalized_dice_loss(
             weight = torch.where(present, weight, weight.amax(1, keepdim=True))
     elif absent != "include":
         weight = (table.g > 0).to(weight.dtype)
-    numerator = 2 * (weight * table.pg).sum(1) + above
-    loss = 1 - ratio(numerator, (weight * (table.p + table.g)).sum(1) + below)
+    loss = 1 - score(2 * (weight * table.pg).sum(1), (weight * (table.p + table.g)).sum(1), smooth)
     result = reduce_table(loss.unsqueeze(1), of.of, reduction)
     return result.squeeze(1) if reduction == "none" else result
 
@@ -219,9 +217,9 @@ def jaccard_loss(
     """
     of = _region("jaccard_loss", input, target, weight, mode, from_logits, absent, classes, include_background,
                  ignore_index, label_smoothing, reduction, batch, group)  # fmt: skip
-    (above, below), table = smooths(smooth), of.table
+    table = of.table
     p, g = (table.pp, table.gg) if squared else (table.p, table.g)
-    return of.reduce(1 - ratio(table.pg + above, p + g - table.pg + below))
+    return of.reduce(1 - score(table.pg, p + g - table.pg, smooth))
 
 
 def tversky_loss(
