@@ -471,10 +471,14 @@ class AxisPass {
         } else if (source_y != y) {  // a row without a source that is one itself: all of another value
           source_x = x;
         }
-        to[0] = source_x < 0 ? -1 : source_y;
-        to[v_.component_stride] = source_x;
+        const bool own = is_own_source(self);
+        to[0] = own ? y : source_x < 0 ? -1 : source_y;
+        to[v_.component_stride] = own ? x : source_x;
       }
   }
+
+  // Background among objects is 0 from itself.
+  bool is_own_source(int64_t self) const { return v_.last && a_.mode == Mode::kObjects && zero_at(a_, self); }
 
   int64_t in_row(int64_t self, int64_t row, int64_t source_y, int64_t x) const {
     if (labels_ && differ_at(a_, self, row + x)) return x;
@@ -500,9 +504,10 @@ class AxisPass {
           of_row[0] = p / a_.w;
           of_row[1] = p % a_.w;
         }
-        to[0] = of_row[0] < 0 ? -1 : source;
-        to[v_.component_stride] = of_row[0];
-        to[2 * v_.component_stride] = of_row[1];
+        const bool own = is_own_source(v_.first + y * v_.stride + p);
+        to[0] = own ? y : of_row[0] < 0 ? -1 : source;
+        to[v_.component_stride] = own ? p / a_.w : of_row[0];
+        to[2 * v_.component_stride] = own ? p % a_.w : of_row[1];
       }
   }
 

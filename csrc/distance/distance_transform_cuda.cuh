@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp) distance_rows(const __grid_c
   const int64_t row = int64_t(blockIdx.x) * kRowWarps + threadIdx.x / kWarp;
   if (row >= args.n * args.d * args.h) return;
   const E* x = static_cast<const E*>(args.input) + row * args.w;
-  const bool labels = compares_labels(args.mode);
+  const bool labels = args.edges != nullptr;
 
   // Sources are zeros; where labels are compared, a bit says that an element differs from the one before it.
   const auto word_at = [&](int64_t start) {
@@ -224,6 +224,7 @@ __global__ void __launch_bounds__(kAxisThreads) distance_along_axis(const __grid
     write_distance(args, args.result, to, best, is_zero && args.mode == Mode::kSigned,
                    is_zero && args.mode == Mode::kObjects);
     if (args.indices) {
+      if (is_zero && args.mode == Mode::kObjects) nearest = y * args.columns + column;  // 0 from itself
       const int64_t size = args.rows * args.columns;
       int64_t* index = args.indices + outer * args.dims * size + y * args.columns + column;
       const int64_t in_plane = nearest < 0 ? -1 : nearest % args.columns;
