@@ -17,8 +17,8 @@ struct SegmentationArgs {
   const void* logits;  // [N, C, S] or [N, S, C]
   const void* target;  // like logits, or labels [N, S]
   const void* weight;  // like logits, or [N, S], or null
-  // The gradient of the statistics: `grad` [N, C, kStatistics]; or, where it is null, `scale` [N, C] for that of PG; or, where
-  // that is null too, the factors below times class_weight [C] (null: 1).
+  // The gradient of the statistics: `grad` [N, C, kStatistics]; or, where it is null, `scale` [N, C] for that of PG;
+  // or, where that is null too, the factors below times class_weight [C] (null: 1).
   const double* grad;
   const void* scale;
   const void* class_weight;

@@ -95,8 +95,8 @@ Maps read_statistics(const char* op, const Tensor& logits, const Tensor& target,
 Tensor segmentation_statistics(Tensor logits, Tensor target, OptTensor pixel_weight, std::string activation,
                                OptInt ignore_index, double gamma, bool region, bool pixel, bool smoothing) {
   constexpr const char* kOp = "segmentation_statistics";
-  Maps maps = read_statistics(kOp, logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel,
-                              smoothing);
+  Maps maps =
+      read_statistics(kOp, logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel, smoothing);
   SegmentationArgs& a = maps.args;
   if (a.images == 0 || a.pixels == 0)
     return torch::stable::new_zeros(logits, {a.images, a.classes, kStatistics}, ScalarType::Double);
@@ -114,8 +114,8 @@ Tensor segmentation_statistics_backward(Tensor grad, Tensor logits, Tensor targe
                                         std::string activation, OptInt ignore_index, double gamma, bool region,
                                         bool pixel, bool smoothing) {
   constexpr const char* kOp = "_segmentation_statistics_backward";
-  Maps maps = read_statistics(kOp, logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel,
-                              smoothing);
+  Maps maps =
+      read_statistics(kOp, logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel, smoothing);
   check_grad(kOp, grad, logits);
   const CudaLaunches launches(kOp, logits);
   const Tensor out = new_like(logits, maps.args.channels_last);
