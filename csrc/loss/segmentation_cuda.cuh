@@ -16,8 +16,10 @@ namespace pyseg::loss {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kMostShared = 40 * 1024;  // four blocks on a multiprocessor of sm_80
-constexpr int kGradColumns = 7;         // P, PP, PG, PPG, POS, NEG, NLL
 constexpr unsigned kAllLanes = 0xffffffff;
+
+// The columns that have a gradient.
+enum GradColumn { kOfP, kOfPP, kOfPG, kOfPPG, kOfPos, kOfNeg, kOfNll, kGradColumns };
 constexpr int kUnknown = -2, kNoLabel = -1;
 
 // How a launch cuts the map; shared memory in elements of the type computed in.
@@ -134,24 +136,26 @@ struct Block {
     }
   }
 
-  // The gradient of a column (order of kGradColumns).
-  __device__ A gradient(int c, int column) const {
+  // The gradient of a column of the image and class.
+  __device__ A gradient(int c, GradColumn column) const {
     if constexpr (kShared) return s.columns[c * kGradColumns + column];
-    constexpr int kColumns[kGradColumns] = {kP, kPP, kPG, kPPG, kPos, kNeg, kNll};
-    return A(a.grad[image * a.grad_stride + c * kStatistics + kColumns[column]]);
+    return gradient_from_memory(c, column);
+  }
+  __device__ A gradient_from_memory(int c, int column) const {
+    if (a.grad) {
+      constexpr unsigned kFrom[2] = {kP | kPP << 8 | kPG << 16 | kPPG << 24, kPos | kNeg << 8 | kNll << 16};
+      return A(a.grad[(image * a.classes + c) * kStatistics + (kFrom[column / 4] >> column % 4 * 8 & 255)]);
+    }
+    if (a.scale) return column == kOfPG ? load_number<A>(a.scale, a.scale_type, image * a.classes + c) : A(0);
+    const double factor = column == kOfPos ? a.of_pos : column == kOfNeg ? a.of_neg : column == kOfNll ? a.of_nll : 0;
+    return A(factor) * (a.class_weight ? load_number<A>(a.class_weight, a.class_weight_type, c) : A(1));
   }
   __device__ void load_gradients() {
-    if constexpr (!kShared) return;
-    for (int i = threadIdx.x; i < a.classes * kGradColumns; i += kThreads) {
-      const int c = i / kGradColumns, column = i - c * kGradColumns;
-      const int from = column == 0   ? kP
-                       : column == 1 ? kPP
-                       : column == 2 ? kPG
-                       : column == 3 ? kPPG
-                       : column == 4 ? kPos
-                       : column == 5 ? kNeg
-                                     : kNll;
-      s.columns[i] = A(a.grad[image * a.grad_stride + c * kStatistics + from]);
+    if constexpr (kShared) {
+      for (int i = threadIdx.x; i < a.classes * kGradColumns; i += kThreads) {
+        const int c = i / kGradColumns;
+        s.columns[i] = gradient_from_memory(c, i - c * kGradColumns);
+      }
     }
   }
 
@@ -408,8 +412,8 @@ __device__ __forceinline__ Compute<T> element_slope(const Block<T, kShared>& blo
   if (!block.target(c, pixel, g)) return A(0);
   A slope = A(0);
   if (a.region) {
-    const A dp = block.gradient(c, 0) + A(2) * block.gradient(c, 1) * x.p +
-                 g * (block.gradient(c, 2) + A(2) * block.gradient(c, 3) * x.p);
+    const A dp = block.gradient(c, kOfP) + A(2) * block.gradient(c, kOfPP) * x.p +
+                 g * (block.gradient(c, kOfPG) + A(2) * block.gradient(c, kOfPPG) * x.p);
     slope = a.activation == Activation::kSoftmax   ? x.p * dp
             : a.activation == Activation::kSigmoid ? x.p * x.rest * dp
                                                    : dp;
@@ -417,7 +421,7 @@ __device__ __forceinline__ Compute<T> element_slope(const Block<T, kShared>& blo
   if (!a.pixel && !a.smoothing) return slope;
   const A w = block.weight(c, pixel);
   if (a.pixel) {
-    const A positive = w * g * block.gradient(c, 4), negative = w * (A(1) - g) * block.gradient(c, 5);
+    const A positive = w * g * block.gradient(c, kOfPos), negative = w * (A(1) - g) * block.gradient(c, kOfNeg);
     switch (a.activation) {
       case Activation::kSoftmax:
         if (positive != A(0)) slope -= positive * focal_slope(x.p, x.rest, x.log_p, gamma);
@@ -432,7 +436,7 @@ __device__ __forceinline__ Compute<T> element_slope(const Block<T, kShared>& blo
     }
   }
   if (a.smoothing) {
-    const A n = w * block.gradient(c, 6);
+    const A n = w * block.gradient(c, kOfNll);
     slope -= a.activation == Activation::kSoftmax   ? n
              : a.activation == Activation::kSigmoid ? n * x.rest
                                                     : n / max(x.p, least);
@@ -504,10 +508,10 @@ __global__ void __launch_bounds__(kThreads)
       A g, loss = A(0);
       if (block.target(c, pixel, g)) {
         const Probability<A> x = block.probability(c, pixel);
-        const A positive = g * block.gradient(c, 4), negative = (A(1) - g) * block.gradient(c, 5);
+        const A positive = g * block.gradient(c, kOfPos), negative = (A(1) - g) * block.gradient(c, kOfNeg);
         if (positive != A(0)) loss += positive * (power(x.rest, gamma) * x.log_p);
         if (!softmax && negative != A(0)) loss += negative * (power(x.p, gamma) * x.log_rest);
-        if (a.smoothing) loss += block.gradient(c, 6) * x.log_p;
+        if (a.smoothing) loss += block.gradient(c, kOfNll) * x.log_p;
       }
       sum += loss;
       if (softmax) continue;
