@@ -31,6 +31,7 @@ from pyseg.functional.losses._common import (
     ratio,
     reduce_table,
     statistics,
+    take,
     within,
 )
 from pyseg.functional.losses.distribution import class_map, element_map
@@ -126,7 +127,7 @@ def _loss(
     chosen = chosen_classes(of.loss, channels, include_background, classes)
     every = list(range(channels)) if chosen is None else chosen
     table: Tensor = _MapLossFunction.apply(of.logits, of, every, map_loss)
-    table = table if chosen is None else table[:, chosen]
+    table = take(table, chosen, 1)
     if batch:
         table = table.sum(0, keepdim=True) / max(table.shape[0], 1)
     return reduce_table(table, of, reduction, class_weight(of, weight, chosen), batch=batch)

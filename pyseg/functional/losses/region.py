@@ -29,6 +29,7 @@ from pyseg.functional.losses._common import (
     score,
     smooths,
     statistics,
+    take,
     vector,
     within,
 )
@@ -67,8 +68,7 @@ def class_weight(of: Problem, weight: Weight, chosen: list[int] | None) -> Tenso
     """The chosen classes' weights."""
     if weight is None:
         return None
-    all_weights = vector(of.loss, "weight", weight, of.logits.shape[1], of.logits, torch.float64)
-    return all_weights if chosen is None else all_weights[chosen]
+    return take(vector(of.loss, "weight", weight, of.logits.shape[1], of.logits, torch.float64), chosen, 0)
 
 
 # ---- scores of a table, which the compound losses share ----
@@ -393,9 +393,7 @@ def _lovasz(
     # Keeps the gradient with respect to the probabilities for its backward.
     loss, _ = torch.ops.pyseg.lovasz_statistics(of.logits, of.target, activation, of.ignore_index, not batch)
     present = None if absent == "include" else _present(of, batch)
-    if chosen is not None:
-        loss = loss[:, chosen]
-        present = None if present is None else present[:, chosen]
+    loss, present = take(loss, chosen, 1), None if present is None else take(present, chosen, 1)
     return reduce_table(loss, of, reduction, class_weight(of, weight, chosen), present, absent, batch)
 
 
