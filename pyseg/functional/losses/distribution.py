@@ -276,7 +276,7 @@ def focal_alpha(
     if alpha is None:
         return None
     values = vector(loss, "alpha", alpha, channels, like, torch.float64)
-    if isinstance(alpha, Tensor) and alpha.dim() == 0 or isinstance(alpha, int | float):
+    if (isinstance(alpha, Tensor) and alpha.dim() == 0) or isinstance(alpha, int | float):
         values = torch.cat([1 - values[:1], values[1:]])
     return values
 
