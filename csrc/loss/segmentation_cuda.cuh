@@ -39,8 +39,7 @@ struct Shared {
   int* label;                    // [P]
 };
 
-template <typename A>
-__host__ __device__ inline int shared_elements(const SegmentationArgs& a, const Tiling& t, bool tiles) {
+inline int shared_elements(const SegmentationArgs& a, const Tiling& t, bool tiles) {
   const int maps = tiles ? 1 + a.dense + a.dense_weight : 0;
   return maps * a.classes * t.stride + 5 * t.pixels + (tiles ? a.classes * kStatistics : 0);
 }
@@ -390,7 +389,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // statistics[n, i] = sum over the image's units of partial[n, unit, i], i < row = C * kStatistics.
-__global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     segmentation_statistics_reduce(const double* partial, double* statistics, int64_t images, int units, int row) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (at >= images * row) return;
