@@ -35,8 +35,10 @@ cudaError_t sort_and_count(LovaszPlane& plane, void* temporary, size_t& bytes, i
 cudaError_t launch_normalise(const SegmentationArgs& a, void* most, void* scale, cudaStream_t stream) {
   return with_logits(a.logits_type, [&](auto element) {
     using T = decltype(element);
-    return launch_tiles<T>(a, stream, lovasz_normalise_kernel<T, true>, lovasz_normalise_kernel<T, false>,
-                           static_cast<Compute<T>*>(most), static_cast<Compute<T>*>(scale));
+    const int64_t blocks = lovasz_blocks(a.images * a.pixels);
+    lovasz_normalise_kernel<T><<<static_cast<unsigned>(blocks), kLovaszThreads, 0, stream>>>(
+        a, static_cast<Compute<T>*>(most), static_cast<Compute<T>*>(scale));
+    return cudaGetLastError();
   });
 }
 

@@ -20,22 +20,25 @@ constexpr uint32_t kPixelMask = kFalling - 1;
 template <typename A>
 using Key = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
 
-// Grid: images * units, as for the statistics.
-template <typename T, bool kShared>
-__global__ void __launch_bounds__(kThreads)
-    lovasz_normalise_kernel(const __grid_constant__ SegmentationArgs a, const __grid_constant__ Tiling t,
-                            Compute<T>* most, Compute<T>* scale) {
+// A thread for each pixel of all images.
+template <typename T>
+__global__ void __launch_bounds__(kLovaszThreads)
+    lovasz_normalise_kernel(const __grid_constant__ SegmentationArgs a, Compute<T>* most, Compute<T>* scale) {
   using A = Compute<T>;
-  Block<T, kShared> block(a, t, reinterpret_cast<A*>(segmentation_shared));
-  for (const int64_t end = block.end_of_unit(); block.first < end; block.first += t.pixels) {
-    __syncthreads();
-    block.load();
-    for (int pixel = threadIdx.x; pixel < block.count; pixel += kThreads) {
-      const int64_t at = block.image * a.pixels + block.first + pixel;
-      most[at] = block.s.most[pixel];
-      scale[at] = block.s.scale[pixel];
-    }
+  const int64_t at = int64_t{blockIdx.x} * kLovaszThreads + threadIdx.x;
+  if (at >= a.images * a.pixels) return;
+  const int64_t image = at / a.pixels, pixel = at - image * a.pixels;
+  const int64_t step = a.channels_last ? 1 : a.pixels;
+  const T* from =
+      static_cast<const T*>(a.logits) + (a.channels_last ? at * a.classes : image * a.classes * a.pixels + pixel);
+  A largest = A(-INFINITY), sum = A(0);
+  for (int c = 0; c < a.classes; ++c) {
+    const A z = widen(from[c * step]);
+    largest = largest < z ? z : largest;  // a NaN shows in the sum
   }
+  for (int c = 0; c < a.classes; ++c) sum += exponential(widen(from[c * step]) - largest);
+  most[at] = largest;
+  scale[at] = A(1) / sum;
 }
 
 // A thread for each element of the plane.
