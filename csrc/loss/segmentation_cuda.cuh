@@ -15,6 +15,7 @@
 namespace pyseg::loss {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kBlocks = 1;              // told nothing, the compiler rather spills registers than lose a resident block
 constexpr int kMostShared = 40 * 1024;  // four blocks on a multiprocessor of sm_80
 constexpr unsigned kAllLanes = 0xffffffff;
 
@@ -39,8 +40,7 @@ struct Shared {
   int* label;                    // [P]
 };
 
-template <typename A>
-__host__ __device__ inline int shared_elements(const SegmentationArgs& a, const Tiling& t, bool tiles) {
+inline int shared_elements(const SegmentationArgs& a, const Tiling& t, bool tiles) {
   const int maps = tiles ? 1 + a.dense + a.dense_weight : 0;
   return maps * a.classes * t.stride + 5 * t.pixels + (tiles ? a.classes * kStatistics : 0);
 }
@@ -143,8 +143,8 @@ struct Block {
   }
   __device__ A gradient_from_memory(int c, int column) const {
     if (a.grad) {
-      constexpr unsigned kFrom[2] = {kP | kPP << 8 | kPG << 16 | kPPG << 24, kPos | kNeg << 8 | kNll << 16};
-      return A(a.grad[(image * a.classes + c) * kStatistics + (kFrom[column / 4] >> column % 4 * 8 & 255)]);
+      const int from = column < kOfPos ? kP | kPP << 8 | kPG << 16 | kPPG << 24 : kPos | kNeg << 8 | kNll << 16;
+      return A(a.grad[(image * a.classes + c) * kStatistics + (from >> column % 4 * 8 & 255)]);
     }
     if (a.scale) return column == kOfPG ? load_number<A>(a.scale, a.scale_type, image * a.classes + c) : A(0);
     const double factor = column == kOfPos ? a.of_pos : column == kOfNeg ? a.of_neg : column == kOfNll ? a.of_nll : 0;
@@ -312,7 +312,7 @@ extern __shared__ __align__(16) unsigned char segmentation_shared[];
 // Grid: images * units. Without tiles the sums of a class stay in the first lane of its warp only for the time of a
 // unit: the loops over classes and tiles change places.
 template <typename T, bool kShared>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     segmentation_statistics_kernel(const __grid_constant__ SegmentationArgs a, const __grid_constant__ Tiling t) {
   using A = Compute<T>;
   Block<T, kShared> block(a, t, reinterpret_cast<A*>(segmentation_shared));
@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // statistics[n, i] = sum over the image's units of partial[n, unit, i], i < row = C * kStatistics.
-__global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     segmentation_statistics_reduce(const double* partial, double* statistics, int64_t images, int units, int row) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (at >= images * row) return;
@@ -445,7 +445,7 @@ __device__ __forceinline__ Compute<T> element_slope(const Block<T, kShared>& blo
 }
 
 template <typename T, bool kShared>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     segmentation_backward_kernel(const __grid_constant__ SegmentationArgs a, const __grid_constant__ Tiling t) {
   using A = Compute<T>;
   Block<T, kShared> block(a, t, reinterpret_cast<A*>(segmentation_shared));
@@ -490,7 +490,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, bool kShared>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     segmentation_pixel_loss_kernel(const __grid_constant__ SegmentationArgs a, const __grid_constant__ Tiling t) {
   using A = Compute<T>;
   Block<T, kShared> block(a, t, reinterpret_cast<A*>(segmentation_shared));

@@ -1,89 +1,27 @@
-// The operators on segmentation maps on CUDA devices: checks, layouts, allocation, registration.
+// The operators on segmentation maps on CUDA devices: allocation, launches, registration.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <string>
-#include <vector>
 
-#include "common/cuda_launches.h"
-#include "loss/segmentation_check.h"
-#include "loss/segmentation_cuda.h"
+#include "loss/segmentation_maps_cuda.h"
 
 namespace pyseg::loss {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The arguments as the kernels take them, and the tensors that these point into.
-class Maps {
- public:
-  SegmentationArgs args{};
-
-  Maps(const char* op, const Tensor& logits, const Tensor& target, const std::string& activation, OptInt ignore_index) {
-    args.activation = activation_of(op, activation);
-    args.dense = check_target(op, target, logits);
-    args.images = logits.size(0);
-    args.classes = static_cast<int>(logits.size(1));
-    args.pixels = pixels_of(logits);
-    args.has_ignore = ignore_index.has_value();
-    args.ignore = ignore_index.value_or(0);
-    args.target_scale = 1;
-    const Tensor map = in_a_format(logits);
-    args.channels_last = is_dense_channels_last(map);
-    format_ = !args.channels_last ? MemoryFormat::Contiguous
-              : logits.dim() == 4 ? MemoryFormat::ChannelsLast
-                                  : MemoryFormat::ChannelsLast3d;
-    args.logits = keep(map);
-    args.logits_type = *element_of(logits);
-    args.target = keep(torch::stable::contiguous(target, args.dense ? format_ : MemoryFormat::Contiguous));
-    args.target_type = *element_of(target);
-  }
-
-  // [N, *S], or [N, C, *S]: a weight for every element.
-  void set_weight(const OptTensor& weight, int64_t dim) {
-    if (!weight) return;
-    args.dense_weight = weight->dim() == dim;
-    args.weight = keep(torch::stable::contiguous(*weight, args.dense_weight ? format_ : MemoryFormat::Contiguous));
-    args.weight_type = *element_of(*weight);
-  }
-
-  void set_grad(const Tensor& grad) {  // [N, C, kStatistics]
-    args.grad = static_cast<const double*>(keep(torch::stable::contiguous(grad)));
-  }
-  void set_scale(const Tensor& scale) {  // [N, C]
-    args.scale = keep(torch::stable::contiguous(scale));
-    args.scale_type = *element_of(scale);
-  }
-  void set_class_weight(const OptTensor& weight) {  // [C]
-    if (!weight) return;
-    args.class_weight = keep(torch::stable::contiguous(*weight));
-    args.class_weight_type = *element_of(*weight);
-  }
-
-  void set_result(const Tensor& result) { args.to = result.data_ptr(); }
-
- private:
-  std::vector<Tensor> kept_;
-  MemoryFormat format_;
-
-  void* keep(Tensor t) {
-    kept_.push_back(std::move(t));
-    return kept_.back().data_ptr();
-  }
-};
-
 // --- segmentation_statistics
 
-Maps read_statistics(const char* op, const Tensor& logits, const Tensor& target, const OptTensor& pixel_weight,
-                     const std::string& activation, OptInt ignore_index, double gamma, bool region, bool pixel,
-                     bool smoothing) {
+CudaMaps read_statistics(const char* op, const Tensor& logits, const Tensor& target, const OptTensor& pixel_weight,
+                         const std::string& activation, OptInt ignore_index, double gamma, bool region, bool pixel,
+                         bool smoothing) {
   check_logits(op, logits);
   check_weight(op, "pixel_weight", pixel_weight, logits, sizes_of_pixels(logits));
   check_gamma(op, gamma);
-  Maps maps(op, logits, target, activation, ignore_index);
+  CudaMaps maps(op, logits, target, activation, ignore_index);
   maps.set_weight(pixel_weight, logits.dim());
   maps.args.gamma = gamma;
   maps.args.region = region;
@@ -95,7 +33,7 @@ Maps read_statistics(const char* op, const Tensor& logits, const Tensor& target,
 Tensor segmentation_statistics(Tensor logits, Tensor target, OptTensor pixel_weight, std::string activation,
                                OptInt ignore_index, double gamma, bool region, bool pixel, bool smoothing) {
   constexpr const char* kOp = "segmentation_statistics";
-  Maps maps =
+  CudaMaps maps =
       read_statistics(kOp, logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel, smoothing);
   SegmentationArgs& a = maps.args;
   if (a.images == 0 || a.pixels == 0)
@@ -114,7 +52,7 @@ Tensor segmentation_statistics_backward(Tensor grad, Tensor logits, Tensor targe
                                         std::string activation, OptInt ignore_index, double gamma, bool region,
                                         bool pixel, bool smoothing) {
   constexpr const char* kOp = "_segmentation_statistics_backward";
-  Maps maps =
+  CudaMaps maps =
       read_statistics(kOp, logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel, smoothing);
   check_grad(kOp, grad, logits);
   const CudaLaunches launches(kOp, logits);
@@ -128,10 +66,10 @@ Tensor segmentation_statistics_backward(Tensor grad, Tensor logits, Tensor targe
 
 // --- pixel_cross_entropy
 
-Maps read_pixel_loss(const char* op, const Tensor& logits, const Tensor& target, const OptTensor& class_weight,
-                     const std::string& activation, OptInt ignore_index, double gamma, double label_smoothing) {
+CudaMaps read_pixel_loss(const char* op, const Tensor& logits, const Tensor& target, const OptTensor& class_weight,
+                         const std::string& activation, OptInt ignore_index, double gamma, double label_smoothing) {
   check_pixel_cross_entropy(op, logits, class_weight, gamma, label_smoothing);
-  Maps maps(op, logits, target, activation, ignore_index);
+  CudaMaps maps(op, logits, target, activation, ignore_index);
   SegmentationArgs& a = maps.args;
   const PixelLossTerms terms = pixel_loss_terms(op, a.activation, a.dense, a.classes, gamma, label_smoothing);
   a.gamma = gamma;
@@ -149,7 +87,7 @@ Maps read_pixel_loss(const char* op, const Tensor& logits, const Tensor& target,
 Tensor pixel_cross_entropy(Tensor logits, Tensor target, OptTensor class_weight, std::string activation,
                            OptInt ignore_index, double gamma, double label_smoothing) {
   constexpr const char* kOp = "pixel_cross_entropy";
-  Maps maps = read_pixel_loss(kOp, logits, target, class_weight, activation, ignore_index, gamma, label_smoothing);
+  CudaMaps maps = read_pixel_loss(kOp, logits, target, class_weight, activation, ignore_index, gamma, label_smoothing);
   const CudaLaunches launches(kOp, logits);
   const Tensor out = new_pixel_loss(logits, maps.args.activation, maps.args.channels_last);
   if (out.numel() == 0) return out;
@@ -161,7 +99,7 @@ Tensor pixel_cross_entropy(Tensor logits, Tensor target, OptTensor class_weight,
 Tensor pixel_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, OptTensor class_weight,
                                     std::string activation, OptInt ignore_index, double gamma, double label_smoothing) {
   constexpr const char* kOp = "_pixel_cross_entropy_backward";
-  Maps maps = read_pixel_loss(kOp, logits, target, class_weight, activation, ignore_index, gamma, label_smoothing);
+  CudaMaps maps = read_pixel_loss(kOp, logits, target, class_weight, activation, ignore_index, gamma, label_smoothing);
   check_weight(kOp, "grad", grad, logits,
                maps.args.activation == Activation::kSoftmax ? sizes_of_pixels(logits) : sizes_of(logits));
   maps.set_weight(grad, logits.dim());
@@ -177,7 +115,7 @@ Tensor pixel_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, O
 
 Tensor activation_vjp(Tensor grad_p, Tensor logits, Tensor scale, std::string activation) {
   check_vjp(grad_p, logits, scale);
-  Maps maps(kVjp, logits, grad_p, activation, std::nullopt);
+  CudaMaps maps(kVjp, logits, grad_p, activation, std::nullopt);
   maps.args.region = true;
   maps.set_scale(scale);
   const CudaLaunches launches(kVjp, logits);

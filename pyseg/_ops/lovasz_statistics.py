@@ -2,7 +2,8 @@
 
 The operator returns each class's loss and that loss's gradient with respect to its p = activation(logits) (hinge: to
 the logits), both computed from one sort. The gradient of a combination of losses is then `_activation_vjp`, which takes
-the factors of the classes for a scale. Autocast changes nothing: 16-bit logits are read as they are, errors are float32.
+the factors of the classes for a scale. Autocast changes nothing: 16-bit logits are read as they are, with errors in
+float32.
 """
 
 from typing import Any

@@ -92,7 +92,7 @@ def test_layouts_and_dtypes(device, activation, layout, dtype):
         check(logits, make_labels(logits.shape, ignore=9), activation, 9, per_image, device=device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_softmax(device, dtype, layout):
     logits = make_logits((2, 5, 9, 31), dtype, layout=layout)
