@@ -37,8 +37,8 @@ from pyseg.functional.losses._common import (
 from pyseg.functional.losses.distribution import class_map, element_map
 from pyseg.functional.losses.region import class_weight
 
-# From some maps [M, *S] of p, of g (both float) and of g > 0.5 (uint8): the loss of each map [M], not yet divided by its
-# pixels, and its derivative by p, [M, *S].
+# From some maps [M, *S] of p, of g (both float) and of g > 0.5 (uint8): the loss of each map [M], not yet divided by
+# its pixels, and its derivative by p, [M, *S].
 _MapLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
