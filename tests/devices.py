@@ -78,7 +78,8 @@ def cuda_mode() -> tuple[str, str]:
     import torch
 
     package = importlib.util.find_spec("pyseg")  # not imported: a broken module is for its own tests to report
-    if package is None or not any(Path(folder).glob("_C_cuda*.so") for folder in package.submodule_search_locations):
+    folders = [] if package is None else package.submodule_search_locations
+    if not any(list(Path(folder).glob("_C_cuda*.so")) for folder in folders):
         return "none", "pyseg was built without CUDA"
     if torch.version.cuda is None:
         return "none", "this torch is a CPU build"

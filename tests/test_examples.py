@@ -195,3 +195,26 @@ def test_panel(tmp_path, shape):
         assert panel.width <= 4096
     with pytest.raises(ValueError, match="titles must be 2"):
         save_panel(tmp_path / "panel.png", images, ["one"])
+
+
+# ---- training ----
+
+
+def test_unet_trains(tmp_path):
+    """A few steps: the program runs through, and says what it should."""
+    pytest.importorskip("skimage")
+    import pyseg
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
+    script, out = ROOT / "examples" / "train_unet_cells.py", tmp_path / "nuclei.png"
+    command = [sys.executable, str(script), "--steps", "8", "--threads", "1", "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"after training +\d\.\d{3}", done.stdout)
+    assert re.search(r"Hausdorff by distances +\d", done.stdout)
+    with Image.open(out) as picture:
+        assert picture.width > 1000
+    for arguments, message in ((["--steps", "1"], "--steps must be"), (["-o", "x.txt"], "-o must end in .png")):
+        done = subprocess.run([*command[:2], *arguments], capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 2
+        assert message in done.stderr

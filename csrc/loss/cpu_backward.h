@@ -73,7 +73,7 @@ class Backward : Probabilities<A> {
   A total_of_nll_ = A(0);
 
   // With p_t, h = p_t (of_pg + of_ppg p_t) of the label's class and k = w of_pos q + w sum(of_nll):
-  //   dz_c = p_c (of_p + of_pp p_c - D) - w of_nll + [c = t] (h - w of_pos q),  D = sum_c p_c (of_p + of_pp p_c) + h - k.
+  //   dz_c = p_c (of_p + of_pp p_c - D) - w of_nll + [c = t] (h - w of_pos q), D = sum_c p_c (of_p + of_pp p_c) + h - k.
   void label_softmax_backward(void* to) {
     softmax();
     const int64_t padded = stage_.padded, step = stage_.step;

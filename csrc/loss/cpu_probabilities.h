@@ -61,13 +61,7 @@ class Probabilities {
     if (in_.logits.channels_last) stage_.load_all_logits();
     const V least = broadcast<A>(A(-__builtin_inf()));
     for (int64_t i = 0; i < padded; i += kLane) store(most_ + i, least);
-    for (int64_t c = 0; c < in_.classes; ++c) {
-      const A* row = in_.logits.channels_last ? stage_.logits + c * step : stage_.load_logits(c);
-      for (int64_t i = 0; i < padded; i += kLane) {
-        const V z = load(row + i), m = load(most_ + i);
-        store(most_ + i, m < z ? z : m);
-      }
-    }
+    for (int64_t c = 0; c < in_.classes; ++c) stage_.load_logits_and_most(c, most_);
     if (!in_.dense)
       for (int64_t i = 0; i < padded; ++i) own_[i] = stage_.logits[stage_.index[i] * step + i];
     if (keeps_logits()) {

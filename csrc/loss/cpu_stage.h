@@ -135,10 +135,40 @@ class Stage {
   V counts(int64_t i) const { return load(label + i); }
   A limit() const { return limit_; }
 
+  // Row c of the logits, in the scratch, and the larger of `most` and its elements into `most`.
+  const A* load_logits_and_most(int64_t c, A* most) {
+    constexpr Element kOwn = sizeof(A) == 8 ? Element::kDouble : Element::kFloat;
+    A* row = logits + c * step;
+    const A* from = row;
+    if (!in.logits.channels_last && in.logits.type == kOwn && padded == count) {
+      from = static_cast<const A*>(in.logits.data) + (image * in.classes + c) * in.pixels + first;
+      prefetch_next(from);
+    } else if (!in.logits.channels_last) {
+      load_logits(c);
+    }
+    for (int64_t i = 0; i < padded; i += kLane) {
+      const V z = load(from + i), m = load(most + i);
+      if (from != row) store(row + i, z);
+      store(most + i, m < z ? z : m);
+    }
+    return row;
+  }
+
   // Row c of the logits, in the scratch.
   A* load_logits(int64_t c) {
     A* row = logits + c * step;
     load_row(in.logits, c, row);
+    return row;
+  }
+
+  // The same, in either memory format.
+  const A* load_class(int64_t c) {
+    if (!in.logits.channels_last) return load_logits(c);
+    A* row = logits + c * step;
+    load_channels(in.logits, [&](auto from) {
+      for (int64_t i = 0; i < count; ++i) row[i] = A(widen(from[i * in.classes + c]));
+    });
+    pad(row, A(0));
     return row;
   }
 
@@ -200,6 +230,15 @@ class Stage {
       narrow_run(row, static_cast<T*>(to) + (image * in.classes + c) * in.pixels + first, count);
     });
   }
+  // All pixels of an image's class, in either memory format.
+  void write_plane(const A* plane, void* to, Element type, int64_t image_, int64_t c) const {
+    with_type(type, [&](auto pointer) {
+      using T = typename Pointee<decltype(pointer)>::Type;
+      T* target = static_cast<T*>(to) + image_ * in.classes * in.pixels;
+      if (!in.logits.channels_last) return narrow_run(plane, target + c * in.pixels, in.pixels);
+      for (int64_t i = 0; i < in.pixels; ++i) target[i * in.classes + c] = narrowed<T>(plane[i]);
+    });
+  }
   // After the last row: all rows, [classes, step], of a channels-last result.
   void write_all(const A* rows, void* to, Element type) const {
     if (!in.logits.channels_last) return;
@@ -242,28 +281,37 @@ class Stage {
     with_type(map.type, [&](auto type) { f(static_cast<decltype(type)>(map.data) + image * in.pixels + first); });
   }
 
+  // The next block's run: the processor's own prefetchers give up where runs are this short.
+  template <typename T>
+  void prefetch_next(const T* from) const {
+    const char* next = reinterpret_cast<const char*>(from + step);
+    for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += kCacheLine) __builtin_prefetch(next + i, 0, 2);
+  }
+
   void load_row(const PixelMap& map, int64_t c, A* row) const {
-    load_run(map, c, [&](auto from) { convert_run(from, row, count); });
+    load_run(map, c, [&](auto from) {
+      prefetch_next(from);
+      convert_run(from, row, count);
+    });
     pad(row, A(0));
   }
 
   template <typename T>
   void labels_of(const T* from) {
     const int64_t limit = label_limit(in), ignore = in.ignore;
-    const bool has_ignore = in.has_ignore;
-    bool ignored = count != padded, wrong = false;
-    for (int64_t i = 0; i < count; ++i) {
+    const int has_ignore = in.has_ignore;
+    int ignored = count != padded, wrong = 0;
+    for (int64_t i = 0; i < count; ++i) {  // no branches: the compiler makes vectors of it
       const int64_t l = from[i];
-      const bool out = has_ignore && l == ignore, known = l >= 0 && l < limit;
-      wrong |= !out && !known;
+      const int out = has_ignore & (l == ignore), unknown = (l < 0) | (l >= limit);
+      wrong |= unknown & ~out;
       ignored |= out;
-      index[i] = out || !known ? int32_t(limit) : int32_t(l);
+      index[i] = int32_t(out | unknown ? limit : l);
     }
     for (int64_t i = count; i < padded; ++i) index[i] = int32_t(limit);
     for (int64_t i = 0; i < padded; ++i) label[i] = A(index[i]);
-    all_count_ = !ignored;
+    all_count_ = !(ignored | wrong);
     if (!wrong) return;
-    all_count_ = false;
     for (int64_t i = 0; i < count && !error.found; ++i) note(from[i], limit);
   }
 

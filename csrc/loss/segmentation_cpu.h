@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -63,9 +64,16 @@ class SegmentationMaps {
   // Calls f(run) and raises what it finds wrong with the labels.
   template <typename F>
   void run(const F& f) const {
-    const Workers workers = workers_for(20. * double(logits().numel()));
-    const torch::stable::Tensor workspace = torch::stable::new_empty(
-        logits(), {segmentation_kernels().workspace(input, workers.count)}, torch::headeronly::ScalarType::Byte);
+    run(f, [&](int64_t workers) { return segmentation_kernels().workspace(input, workers); }, INT64_MAX);
+  }
+
+  // With bytes(workers) of workspace, and no more than `most` workers.
+  template <typename F, typename Bytes>
+  void run(const F& f, const Bytes& bytes, int64_t most) const {
+    Workers workers = workers_for(20. * double(logits().numel()));
+    workers.count = std::min(workers.count, most);
+    const torch::stable::Tensor workspace =
+        torch::stable::new_empty(logits(), {bytes(workers.count)}, torch::headeronly::ScalarType::Byte);
     std::vector<LabelError> errors(workers.count);
     f(SegmentationRun{workspace.data_ptr(), errors.data(), workers});
     for (const LabelError& error : errors) {

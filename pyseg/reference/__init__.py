@@ -3,6 +3,7 @@
 from pyseg.reference.atrous_conv2d import atrous_conv2d as atrous_conv2d
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
+from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
 from pyseg.reference.pixel_cross_entropy import pixel_cross_entropy as pixel_cross_entropy
 from pyseg.reference.segmentation_statistics import segmentation_statistics as segmentation_statistics
 
@@ -10,6 +11,7 @@ __all__ = [
     "atrous_conv2d",
     "distance_to_two_nearest_objects",
     "distance_transform",
+    "lovasz_statistics",
     "pixel_cross_entropy",
     "segmentation_statistics",
 ]

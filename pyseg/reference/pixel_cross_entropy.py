@@ -19,10 +19,9 @@ def pixel_cross_entropy(
 
     With p = activation(logits), g the target (one-hot where it is labels), w = class_weight and e = label_smoothing:
 
-        softmax, labels t   (1 - e) w_t (1 - p_t)^gamma (-log p_t) + e / C sum_c w_c (-log p_c)
-        softmax, dense      sum_c w_c g_c (1 - p_c)^gamma (-log p_c),  g made (1 - e) g + e / C first
-        sigmoid, none       w_c (g (1 - p)^gamma (-log p) + (1 - g) p^gamma (-log(1 - p))),
-                            g made (1 - e) g + e / 2 first
+        softmax, labels t  (1 - e) w_t (1 - p_t)^gamma (-log p_t) + e / C sum_c w_c (-log p_c)
+        softmax, dense     sum_c w_c g_c (1 - p_c)^gamma (-log p_c),  g made (1 - e) g + e / C
+        sigmoid, none      w_c (g (1 - p)^gamma (-log p) + (1 - g) p^gamma (-log(1 - p))),  g made (1 - e) g + e / 2
 
     and 0 where the target is ignore_index. Differentiable by torch's autograd.
     """

@@ -206,3 +206,11 @@ def test_two_processes(tmp_path):
         for name, (value, gradient, scale) in torch.load(tmp_path / f"out{rank}").items():
             assert value < 1e-6, name
             assert gradient < 1e-5 * scale, name
+
+
+def test_values_per_class_are_buffers():
+    module = nn.FocalLoss(alpha=[0.1, 0.5, 0.9], gamma=1.5)
+    assert module.alpha.shape == (3,)
+    assert repr(nn.FocalLoss(alpha=0.25)) == "FocalLoss(alpha=0.25)"
+    x, target = oracle.draw((2, 3, 8, 7), "multiclass")
+    torch.testing.assert_close(module(x, target), P.focal_loss(x, target, alpha=[0.1, 0.5, 0.9], gamma=1.5))

@@ -111,6 +111,8 @@ def problem(
 
 def vector(loss: str, name: str, value: Weight | float, channels: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight per class [C] of `dtype` on like's device; a single number stands for all classes."""
+    if isinstance(value, int | float):
+        return torch.full((channels,), value, dtype=dtype, device=like.device)
     tensor = torch.as_tensor(value, dtype=dtype, device=like.device)
     if tensor.dim() == 0:
         return tensor.expand(channels)
@@ -131,6 +133,15 @@ def chosen_classes(
     if not chosen or min(chosen) < 0 or max(chosen) >= channels:
         raise ValueError(f"{loss}: classes must name some of 0 to {channels - 1}, got {list(classes)}")
     return chosen
+
+
+def take(tensor: Tensor, classes: list[int] | None, dim: int) -> Tensor:
+    """Some classes of a dimension, by slices alone: an index would have to be copied to the device."""
+    if classes is None:
+        return tensor
+    if classes == list(range(classes[0], classes[0] + len(classes))):
+        return tensor.narrow(dim, classes[0], len(classes))
+    return torch.stack([tensor.select(dim, c) for c in classes], dim)
 
 
 # ---- the table ----
@@ -227,10 +238,7 @@ class Table(NamedTuple):
 
     def select(self, classes: list[int] | None) -> "Table":
         """The rows of some classes."""
-        if classes is None:
-            return self
-        index = torch.tensor(classes, device=self.sums.device)
-        return Table(self.sums.index_select(1, index), None if self.n is None else self.n.index_select(1, index))
+        return Table(take(self.sums, classes, 1), None if self.n is None else take(self.n, classes, 1))
 
     def over_batch(self, batch: bool = True) -> "Table":
         """Sums over the images too, if `batch`."""
@@ -303,6 +311,14 @@ def _count(of: Problem, sums: Tensor) -> Tensor:
 def smooths(smooth: Smooth) -> tuple[float, float]:
     """What is added to numerator and denominator."""
     return smooth if isinstance(smooth, tuple) else (smooth, smooth)
+
+
+def score(numerator: Tensor, denominator: Tensor, smooth: Smooth) -> Tensor:
+    """(numerator + s) / (denominator + s'), and 1 with gradient zero for 0 / 0."""
+    above, below = smooths(smooth)
+    if below > 0:  # sums of probabilities are not negative
+        return (numerator + above) / (denominator + below)
+    return ratio(numerator + above, denominator)
 
 
 def ratio(numerator: Tensor, denominator: Tensor, empty: float = 1.0) -> Tensor:

@@ -31,13 +31,14 @@ from pyseg.functional.losses._common import (
     ratio,
     reduce_table,
     statistics,
+    take,
     within,
 )
 from pyseg.functional.losses.distribution import class_map, element_map
 from pyseg.functional.losses.region import class_weight
 
-# From some maps [M, *S] of p, of g (float, or uint8 where it is 0 or 1) and of g > 0.5: the loss of each map [M],
-# before the division by its pixels, and its derivative by p, [M, *S].
+# From some maps [M, *S] of p, of g (both float) and of g > 0.5 (uint8): the loss of each map [M], not yet divided by
+# its pixels, and its derivative by p, [M, *S].
 _MapLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -58,19 +59,21 @@ def _loss_and_error(of: Problem, chosen: list[int], map_loss: _MapLoss) -> tuple
     for part in [slice(None)] if error.is_cuda else [slice(n, n + 1) for n in range(error.shape[0])]:
         for c in chosen:
             p = error[part, c]
+            inside = torch.empty(p.shape, dtype=torch.uint8, device=p.device)
             if of.dense:
-                g = target[part, c]
-                inside = g > 0.5 if g.is_floating_point() else g == 1
+                torch.gt(target[part, c], 0.5, out=inside.view(torch.bool))
             else:
-                g = inside = target[part] == (1 if error.shape[1] == 1 else c)
+                torch.eq(target[part], 1 if error.shape[1] == 1 else c, out=inside)
+            soft = of.dense and target.is_floating_point()
             mask = None if valid is None else valid[part, c] if of.dense else valid[part]
             if mask is None:
-                loss, slope = map_loss(p, g if g.is_floating_point() else inside.view(torch.uint8), inside)
+                g = (target[part, c] if soft else inside).to(p.dtype)
+                loss, slope = map_loss(p, g, inside)
                 table[part, c] = loss / max(of.pixels, 1)
                 torch.mul(slope, 1 / max(of.pixels, 1), out=p)
                 continue
-            inside = inside & mask
-            loss, slope = map_loss(torch.where(mask, p, 0.0), inside.view(torch.uint8), inside)
+            inside *= mask
+            loss, slope = map_loss(torch.where(mask, p, 0.0), inside.to(p.dtype), inside)
             pixels = mask.flatten(1).sum(1).clamp_min(1)
             table[part, c] = loss / pixels
             p.copy_(torch.where(mask, slope / pixels.view(-1, *[1] * (p.dim() - 1)), 0.0))
@@ -126,7 +129,7 @@ def _loss(
     chosen = chosen_classes(of.loss, channels, include_background, classes)
     every = list(range(channels)) if chosen is None else chosen
     table: Tensor = _MapLossFunction.apply(of.logits, of, every, map_loss)
-    table = table if chosen is None else table[:, chosen]
+    table = take(table, chosen, 1)
     if batch:
         table = table.sum(0, keepdim=True) / max(table.shape[0], 1)
     return reduce_table(table, of, reduction, class_weight(of, weight, chosen), batch=batch)
@@ -144,9 +147,7 @@ def _unit(spacing: Sequence[float] | None, of: Problem) -> tuple[float, ...]:
 
 def _squared_distance(masks: Tensor, spacing: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """The squared distance to the nearest element of the other value, 0 in maps that have one value only."""
-    distance: Tensor = distance_transform(
-        masks.view(torch.uint8), spacing=spacing, squared=True, labels=True, dtype=dtype
-    )
+    distance: Tensor = distance_transform(masks, spacing=spacing, squared=True, labels=True, dtype=dtype)
     return distance.nan_to_num_(posinf=0.0)
 
 
@@ -187,8 +188,12 @@ def hausdorff_dt_loss(
     steps = _unit(spacing, of)
 
     def map_loss(p: Tensor, g: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        curves = [inside] if one_sided else [inside, p > 0.5]
-        distances = _squared_distance(torch.stack(curves), steps, p.dtype)
+        curves = inside.unsqueeze(0)
+        if not one_sided:
+            curves = torch.empty((2, *p.shape), dtype=torch.uint8, device=p.device)
+            curves[0] = inside
+            torch.gt(p, 0.5, out=curves[1].view(torch.bool))
+        distances = _squared_distance(curves, steps, p.dtype)
         if alpha != 2:
             distances = distances.pow_(alpha / 2)
         distance = distances[0] if one_sided else distances[0].add_(distances[1])
@@ -292,7 +297,7 @@ def boundary_loss(
 
     def map_loss(p: Tensor, g: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         distance = _squared_distance(inside, steps, p.dtype).sqrt_()
-        phi = torch.where(inside & (distance > 0), 1 - distance, distance)
+        phi = torch.where((inside > 0) & (distance > 0), 1 - distance, distance)
         return (p * phi).flatten(1).sum(1), phi
 
     return _loss(of, weight, include_background, classes, reduction, batch, map_loss)

@@ -275,10 +275,10 @@ def focal_alpha(
     """A softmax's alpha for each class: a number stands for 1 - alpha at class 0 and alpha at the others."""
     if alpha is None:
         return None
-    values = torch.as_tensor(alpha, dtype=torch.float64, device=like.device)
-    if values.dim() == 0:
-        return torch.cat([(1 - values).reshape(1), values.expand(channels - 1)])
-    return vector(loss, "alpha", values, channels, like, torch.float64)
+    values = vector(loss, "alpha", alpha, channels, like, torch.float64)
+    if (isinstance(alpha, Tensor) and alpha.dim() == 0) or isinstance(alpha, int | float):
+        values = torch.cat([1 - values[:1], values[1:]])
+    return values
 
 
 def focal_loss(

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyseg.functional.losses._common import (
     Absent,
@@ -27,8 +26,10 @@ from pyseg.functional.losses._common import (
     ratio,
     reduce_table,
     safe_pow,
+    score,
     smooths,
     statistics,
+    take,
     vector,
     within,
 )
@@ -67,8 +68,7 @@ def class_weight(of: Problem, weight: Weight, chosen: list[int] | None) -> Tenso
     """The chosen classes' weights."""
     if weight is None:
         return None
-    all_weights = vector(of.loss, "weight", weight, of.logits.shape[1], of.logits, torch.float64)
-    return all_weights if chosen is None else all_weights[chosen]
+    return take(vector(of.loss, "weight", weight, of.logits.shape[1], of.logits, torch.float64), chosen, 0)
 
 
 # ---- scores of a table, which the compound losses share ----
@@ -76,15 +76,13 @@ def class_weight(of: Problem, weight: Weight, chosen: list[int] | None) -> Tenso
 
 def dice_score(table: Table, squared: bool, smooth: Smooth) -> Tensor:
     """(2 * sum(p*g) + s) / (sum(p) + sum(g) + s), or with squares in the denominator."""
-    above, below = smooths(smooth)
     p, g = (table.pp, table.gg) if squared else (table.p, table.g)
-    return ratio(2 * table.pg + above, p + g + below)
+    return score(2 * table.pg, p + g, smooth)
 
 
 def tversky_score(table: Table, alpha: float, beta: float, smooth: Smooth) -> Tensor:
     """sum(p*g) over itself, alpha times the false positives and beta times the false negatives."""
-    above, below = smooths(smooth)
-    return ratio(table.pg + above, (1 - alpha - beta) * table.pg + alpha * table.p + beta * table.g + below)
+    return score(table.pg, (1 - alpha - beta) * table.pg + alpha * table.p + beta * table.g, smooth)
 
 
 # ---- losses ----
@@ -177,7 +175,7 @@ def generalized_dice_loss(
     one_of(name, "w_type", w_type, ("square", "simple", "uniform"))
     of = _region(name, input, target, None, mode, from_logits, absent, classes, include_background, ignore_index,
                  label_smoothing, reduction, batch, group)  # fmt: skip
-    table, (above, below) = of.table, smooths(smooth)
+    table = of.table
     weight = torch.ones_like(table.g)
     if w_type != "uniform":
         present = table.g > 0
@@ -187,8 +185,7 @@ def generalized_dice_loss(
             weight = torch.where(present, weight, weight.amax(1, keepdim=True))
     elif absent != "include":
         weight = (table.g > 0).to(weight.dtype)
-    numerator = 2 * (weight * table.pg).sum(1) + above
-    loss = 1 - ratio(numerator, (weight * (table.p + table.g)).sum(1) + below)
+    loss = 1 - score(2 * (weight * table.pg).sum(1), (weight * (table.p + table.g)).sum(1), smooth)
     result = reduce_table(loss.unsqueeze(1), of.of, reduction)
     return result.squeeze(1) if reduction == "none" else result
 
@@ -220,9 +217,9 @@ def jaccard_loss(
     """
     of = _region("jaccard_loss", input, target, weight, mode, from_logits, absent, classes, include_background,
                  ignore_index, label_smoothing, reduction, batch, group)  # fmt: skip
-    (above, below), table = smooths(smooth), of.table
+    table = of.table
     p, g = (table.pp, table.gg) if squared else (table.p, table.g)
-    return of.reduce(1 - ratio(table.pg + above, p + g - table.pg + below))
+    return of.reduce(1 - score(table.pg, p + g - table.pg, smooth))
 
 
 def tversky_loss(
@@ -372,26 +369,6 @@ def mcc_loss(
 # ---- Lovasz: sorted errors ----
 
 
-class _Lovasz(torch.autograd.Function):
-    """Keeps the gradient with respect to the probabilities, one tensor like the logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, activation: str, ignore_index: int | None, per_image: bool
-    ) -> Tensor:
-        loss, grad_p = torch.ops.pyseg.lovasz_statistics(logits, target, activation, ignore_index, per_image)
-        ctx.save_for_backward(grad_p, logits)
-        ctx.activation = "none" if activation == "hinge" else activation
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_p, logits = ctx.saved_tensors
-        scale = grad.expand(logits.shape[:2])
-        return torch.ops.pyseg._activation_vjp(grad_p, logits, scale, ctx.activation), None, None, None, None
-
-
 def _present(of: Problem, batch: bool) -> Tensor:
     """Which classes have target pixels: [N, C], or [1, C] over the batch."""
     channels = of.logits.shape[1]
@@ -413,11 +390,10 @@ def _lovasz(
     of: Problem, activation: str, weight: Weight, absent: str, chosen: list[int] | None, reduction: str, batch: bool
 ) -> Tensor:
     check_reduction(of.loss, reduction, absent)
-    loss: Tensor = _Lovasz.apply(of.logits, of.target, activation, of.ignore_index, not batch)
+    # Keeps the gradient with respect to the probabilities for its backward.
+    loss, _ = torch.ops.pyseg.lovasz_statistics(of.logits, of.target, activation, of.ignore_index, not batch)
     present = None if absent == "include" else _present(of, batch)
-    if chosen is not None:
-        loss = loss[:, chosen]
-        present = None if present is None else present[:, chosen]
+    loss, present = take(loss, chosen, 1), None if present is None else take(present, chosen, 1)
     return reduce_table(loss, of, reduction, class_weight(of, weight, chosen), present, absent, batch)
 
 

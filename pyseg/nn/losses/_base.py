@@ -1,7 +1,7 @@
 """A loss function as a module."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 # Arguments of a call, not of the module.
 _PER_CALL = ("input", "target", "pixel_weight")
+# Beside `weight` what may hold a value for each class.
+_PER_CLASS = ("alpha", "beta")
 
 
 class SegmentationLoss(nn.Module):
     """Base of the losses: `class DiceLoss(SegmentationLoss, function=dice_loss)`.
 
     The constructor takes the function's arguments but for input, target and pixel_weight, which forward takes, with the
-    same names, order and defaults (the class's signature shows them), and keeps them as attributes. Tensors are
-    buffers: they follow `.to()` and are in the state_dict. Wrong names and values raise when the module is made or
-    first called.
+    same names, order and defaults (the class's signature shows them), and keeps them as attributes. Tensors, and what
+    holds a value for each class, are buffers: they follow `.to()` and are in the state_dict. Wrong names and values
+    raise when the module is made or first called.
     """
 
     _function: ClassVar[Callable[..., Tensor]]
@@ -40,7 +42,7 @@ class SegmentationLoss(nn.Module):
             raise TypeError(f"{type(self).__name__}: {error}") from None
         bound.apply_defaults()
         for name, value in bound.arguments.items():
-            if isinstance(value, Tensor) or name == "weight":
+            if isinstance(value, Tensor) or name == "weight" or (name in _PER_CLASS and isinstance(value, Sequence)):
                 value = value if value is None or isinstance(value, Tensor) else torch.tensor(value)
                 self.register_buffer(name, value)
             else:
