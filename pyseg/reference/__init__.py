@@ -1,7 +1,19 @@
 """Slow, obvious implementations written from the definitions: what the tests compare the kernels with."""
 
 from pyseg.reference.atrous_conv2d import atrous_conv2d as atrous_conv2d
+from pyseg.reference.confusion_matrix import confusion_matrix as confusion_matrix
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
+from pyseg.reference.surface_distance import average_surface_distance as average_surface_distance
+from pyseg.reference.surface_distance import hausdorff_distance as hausdorff_distance
+from pyseg.reference.surface_distance import surface_dice as surface_dice
 
-__all__ = ["atrous_conv2d", "distance_to_two_nearest_objects", "distance_transform"]
+__all__ = [
+    "atrous_conv2d",
+    "average_surface_distance",
+    "confusion_matrix",
+    "distance_to_two_nearest_objects",
+    "distance_transform",
+    "hausdorff_distance",
+    "surface_dice",
+]
