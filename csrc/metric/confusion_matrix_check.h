@@ -69,8 +69,8 @@ inline std::optional<int64_t> pixel_stride(const Tensor& logits) {
   return stride;
 }
 
-// The arguments without `matrix`. `prediction` and `target` are replaced by contiguous copies where the kernels cannot read
-// them in place.
+// The arguments without `matrix`. `prediction` and `target` are replaced by contiguous copies where the kernels cannot
+// read them in place.
 inline ConfusionArgs check_arguments(Tensor& prediction, Tensor& target, int64_t num_classes,
                                      std::optional<int64_t> ignore_index, bool per_image) {
   const char* op = kConfusionMatrix;

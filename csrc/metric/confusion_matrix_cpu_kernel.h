@@ -8,8 +8,8 @@ namespace pyseg {
 
 struct ConfusionKernelTable {
   int64_t (*workspace)(const metric::ConfusionArgs&, int64_t workers);  // int64 elements
-  // Returns the first pixel (image * pixels + pixel) that is not ignored and whose label is out of range, or -1; the matrix
-  // is incomplete then.
+  // Returns the first pixel (image * pixels + pixel) that is not ignored and whose label is out of range, or -1; the
+  // matrix is incomplete then.
   int64_t (*run)(const metric::ConfusionArgs&, int64_t* workspace, const Workers&);
 };
 

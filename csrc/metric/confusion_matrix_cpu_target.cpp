@@ -1,10 +1,10 @@
 // The CPU kernel of confusion_matrix for one instruction set: compiled once per target, PYSEG_TARGET is its name.
 //
-// Pixels go through in blocks that stay in the first-level cache: (1) the argmax, with the running maximum and its class in
-// vectors over pixels, so that each logit is read once and in order; (2) target and prediction together become the number
-// of a cell; (3) the cells are counted. Neighbouring pixels mostly fall into the same cell, and an increment that waits for
-// the store of the last one is slow: a few histograms take turns. Counts are integers, so the result does not depend on how
-// the pixels are split over threads.
+// Pixels go through in blocks that stay in the first-level cache: (1) the argmax, with the running maximum and its
+// class in vectors over pixels, so that each logit is read once and in order; (2) target and prediction together become
+// the number of a cell; (3) the cells are counted. Neighbouring pixels mostly fall into the same cell, and an increment
+// that waits for the store of the last one is slow: a few histograms take turns. Counts are integers, so the result
+// does not depend on how the pixels are split over threads.
 #include "common/cpu_workers.h"
 #include "metric/confusion_matrix_cpu_kernel.h"
 
@@ -24,8 +24,8 @@ constexpr int kCopies = 4;    // histograms that take turns
 constexpr int kFewClasses = 32;    // up to here all the copies fit into the first-level cache
 constexpr int kSomeClasses = 256;  // up to here a worker has a histogram of its own, above it counts in the result
 
-// --- Argmax. An order tells how logits of one type compare: a key for each, and whether it replaces the best so far. NaN
-// counts as the largest, the first of equals wins, as in torch.argmax.
+// --- Argmax. An order tells how logits of one type compare: a key for each, and whether it replaces the best so far.
+// NaN counts as the largest, the first of equals wins, as in torch.argmax.
 
 template <typename I>
 struct Integers {
@@ -47,7 +47,8 @@ struct FloatOrder {
   static typename Integers<I>::Vec replaces(Keys v, Keys best) { return ~(v <= best) & (best == best); }
 };
 
-// 16-bit floats compare like integers once sign and magnitude are turned into two's complement; no conversion is needed.
+// 16-bit floats compare like integers once sign and magnitude are turned into two's complement; no conversion is
+// needed.
 template <int kInfinity>
 struct ShortFloatOrder {
   using Element = int16_t;
@@ -134,8 +135,8 @@ struct Argmax {
 
 // --- Labels
 
-// Labels as 32-bit numbers, -1 where they are out of range; ignored ones get the number `classes`: a row of their own, after
-// the others.
+// Labels as 32-bit numbers, -1 where they are out of range; ignored ones get the number `classes`: a row of their own,
+// after the others.
 template <typename Label>
 inline void read_labels(const Label* from, int pixels, int classes, bool has_ignore, int64_t ignore_index,
                         int32_t* to) {

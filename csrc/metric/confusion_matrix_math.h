@@ -15,7 +15,8 @@ constexpr int64_t kPoison = -(int64_t{1} << 48);
 enum class LabelType { kUInt8, kInt8, kInt16, kInt32, kInt64 };  // bool is kUInt8
 enum class LogitType { kFloat, kDouble, kHalf, kBFloat16 };
 
-// An element (image, class, pixel) of the logits at data[image * image_stride + class * class_stride + pixel * pixel_stride].
+// An element (image, class, pixel) of the logits at data[image * image_stride + class * class_stride + pixel *
+// pixel_stride].
 struct LogitStrides {
   int64_t image, cls, pixel;
 };

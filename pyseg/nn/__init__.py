@@ -2,5 +2,7 @@
 
 from pyseg.nn.atrous_conv2d import AtrousConv2d as AtrousConv2d
 from pyseg.nn.atrous_conv2d import AtrousConv2dPlan as AtrousConv2dPlan
+from pyseg.nn.metrics import ConfusionMatrix as ConfusionMatrix
+from pyseg.nn.metrics import SegmentationMetrics as SegmentationMetrics
 
-__all__ = ["AtrousConv2d", "AtrousConv2dPlan"]
+__all__ = ["AtrousConv2d", "AtrousConv2dPlan", "ConfusionMatrix", "SegmentationMetrics"]
