@@ -115,11 +115,12 @@ def surface_dice(
     if not tolerance >= 0:
         raise RuntimeError(f"{op}: tolerance must be >= 0, got {tolerance}")
     axes, first, second = _surfaces(op, prediction, target, spacing, dims)
-    near = sum(
+    near = [
         _count(here & (_distances_to(there, spacing, axes) <= tolerance), axes)
         for here, there in ((first, second), (second, first))
-    )
-    return _with_empty(near / (_count(first, axes) + _count(second, axes)), first, second, axes, 0.0)
+    ]
+    share = (near[0] + near[1]).double() / (_count(first, axes) + _count(second, axes))
+    return _with_empty(share, first, second, axes, 0.0)
 
 
 def surface(mask: Tensor, *, dims: int = 2) -> Tensor:

@@ -24,7 +24,9 @@ def surface_elements(mask: Tensor) -> Tensor:
 
 def surface_distances(prediction: Tensor, target: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """d(a, S_B) for every a in S_A and d(b, S_A) for every b in S_B, infinity where the other surface is empty."""
-    first, second = (surface_elements(mask) * torch.tensor(spacing) for mask in (prediction, target))
+    first, second = (
+        surface_elements(mask) * torch.tensor(spacing, dtype=torch.float64) for mask in (prediction, target)
+    )
     pairs = (first[:, None] - second[None]).square().sum(-1).sqrt()  # [|S_A|, |S_B|]
     none = torch.tensor(math.inf, dtype=torch.float64)
     return (

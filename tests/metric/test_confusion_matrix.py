@@ -234,6 +234,7 @@ def test_bad_labels_raise(bad):
 def test_bad_labels_poison(device):
     """Without a wait for the device: nothing is read or written out of bounds, and nobody can miss it."""
     target, x = labels((3, 5, 7), 4, ignore=9), logits((3, 4, 5, 7))
+    target[1, 2, 3] = 0
     good = confusion_matrix(x, target, 4, 9, per_image=True)
     for bad in (-1, 4, 2**31, -(2**40)):
         broken = target.clone()
@@ -260,7 +261,10 @@ ERRORS = [
     ({"prediction": torch.zeros(2, 4, 6)}, r"prediction must be \[2, 4, 5\] \(logits\), got \[2, 4, 6\]"),
     ({"prediction": torch.zeros(2, 5)}, r"prediction must be \[2, 4, 5\] \(logits\), got \[2, 5\]"),
     ({"prediction": torch.zeros(2, 4, 5).long()}, r"prediction must be \[2, 5\] \(labels\), got \[2, 4, 5\]"),
-    ({"prediction": torch.zeros(2, 4, 5).cfloat()}, r"prediction must be logits .* or labels .*, got torch\.(complex64|ComplexFloat)"),
+    (
+        {"prediction": torch.zeros(2, 4, 5).cfloat()},
+        r"prediction must be logits .* or labels .*, got torch\.(complex64|ComplexFloat)",
+    ),
     ({"target": torch.zeros(2, 5)}, r"target must be uint8, .*got torch\.(float32|Float)"),
     ({"target": torch.tensor(1)}, r"target must be \[N, \*S\], got \[\]"),
     ({"num_classes": 0}, r"num_classes must be in \[1, 32767\], got 0"),
