@@ -122,48 +122,46 @@ struct FromAnyStrides {
   }
 };
 
-// Classes side by side: the tile's logits come through shared memory, some classes at a time.
+// Classes side by side: the tile's logits come through shared memory, some classes at a time. A thread reads a row of
+// it, and rows of an odd length keep threads in different banks.
 template <typename T>
 struct FromChannelsLast {
   static constexpr int kThreads = 128, kTile = kThreads;
   static constexpr bool kLogits = true;
   static constexpr int kClasses = sizeof(T) == 8 ? 16 : 32, kVector = 16 / sizeof(T);
-  static_assert(kTile * sizeof(T) % 16 == 0, "tiles of whole pixels start on 16 bytes if the image does");
-  struct Shared {
-    T stage[kTile][kClasses + 1];  // a thread reads a row: padded against bank conflicts
+  static_assert(kTile * sizeof(T) % 16 == 0, "tiles start on 16 bytes if the image does");
+  struct alignas(16) Shared {
+    T stage[kTile * (kClasses + 1)];
   };
   __device__ static void predict(const ConfusionArgs& a, int64_t image, int64_t first, int count, Shared& shared,
                                  uint16_t* predicted) {
     const T* logits = static_cast<const T*>(a.prediction) + image * a.strides.image + first * a.strides.pixel;
+    const int thread = threadIdx.x;
     Best<T> best{};
     for (int c0 = 0; c0 < a.classes; c0 += kClasses) {
       if (c0 > 0) __syncthreads();
-      const int classes = min(kClasses, a.classes - c0);
+      const int classes = min(kClasses, a.classes - c0), row = classes | 1;
       if (classes == a.strides.pixel) {  // all of a pixel, nothing between pixels: one run of memory
-        const uint32_t elements = count * classes;
-        uint32_t done = 0;
-        if (reinterpret_cast<uintptr_t>(logits) % 16 == 0) {
-          done = elements / kVector * kVector;
-          for (uint32_t e = threadIdx.x * kVector; e < done; e += kThreads * kVector) {
-            typename FromRows<T>::Vector v;
-            v.bits = __ldg(reinterpret_cast<const uint4*>(logits + e));
-#pragma unroll
-            for (uint32_t k = 0; k < kVector; ++k) shared.stage[(e + k) / classes][(e + k) % classes] = v.value[k];
-          }
+        const int elements = count * classes;
+        int copied = 0;
+        if (row == classes && reinterpret_cast<uintptr_t>(logits) % 16 == 0) {  // as it lies
+          copied = elements / kVector * kVector;
+          for (int e = thread * kVector; e < copied; e += kThreads * kVector)
+            *reinterpret_cast<uint4*>(shared.stage + e) = __ldg(reinterpret_cast<const uint4*>(logits + e));
         }
-        for (uint32_t e = done + threadIdx.x; e < elements; e += kThreads)
-          shared.stage[e / classes][e % classes] = logits[e];
+        for (int e = copied + thread; e < elements; e += kThreads)
+          shared.stage[e / classes * row + e % classes] = __ldg(logits + e);
       } else {
-        for (int e = threadIdx.x; e < count * kClasses; e += kThreads) {
+        for (int e = thread; e < count * kClasses; e += kThreads) {
           const int p = e / kClasses, c = e % kClasses;
-          if (c < classes) shared.stage[p][c] = __ldg(logits + p * a.strides.pixel + c0 + c);
+          if (c < classes) shared.stage[p * row + c] = __ldg(logits + p * a.strides.pixel + c0 + c);
         }
       }
       __syncthreads();
-      if (static_cast<int>(threadIdx.x) < count)
-        for (int c = 0; c < classes; ++c) best.offer(shared.stage[threadIdx.x][c], c0 + c);
+      if (thread < count)
+        for (int c = 0; c < classes; ++c) best.offer(shared.stage[thread * row + c], c0 + c);
     }
-    if (static_cast<int>(threadIdx.x) < count) predicted[threadIdx.x] = static_cast<uint16_t>(best.cls);
+    if (thread < count) predicted[thread] = static_cast<uint16_t>(best.cls);
   }
 };
 

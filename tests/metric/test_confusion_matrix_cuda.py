@@ -22,9 +22,10 @@ def kernel(predictor):
 
 
 def inputs(n, classes, h, w, dtype, target_dtype=torch.uint8):
+    """Targets of few classes: blocks of these small maps would otherwise move more of matrices than of logits."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, classes, h, w, generator=generator).to(dtype)
-    target = torch.randint(0, classes, (n, h, w), generator=generator)
+    target = torch.randint(0, 2, (n, h, w), generator=generator) + classes - 2
     return x, target.to(target_dtype)
 
 
@@ -54,9 +55,9 @@ def test_channels_last(device, dtype, classes):
     x = x.contiguous(memory_format=torch.channels_last)
     least = x.nbytes + target.nbytes
     name = kernel(rf"FromChannelsLast<{NAMES[dtype]}>")
-    # More classes than a pass takes: the rows of a pixel end within sectors.
-    ratio = 1.3 if dtype != torch.float64 or classes <= 16 else 1.8
-    check(x, target, device, kernels=name, launches=1, min_bytes=least, bytes_ratio=ratio, bank_conflicts=2.5)
+    # More classes than a pass takes: the parts of a pixel end within sectors.
+    ratio = 1.2 if dtype != torch.float64 or classes <= 16 else 1.8
+    check(x, target, device, kernels=name, launches=1, min_bytes=least, bytes_ratio=ratio, bank_conflicts=1.6)
 
 
 @pytest.mark.parametrize("dtype", LOGITS, ids=str)
