@@ -32,6 +32,35 @@ constexpr T none() {
 inline float root(float x) { return __builtin_sqrtf(x); }
 inline double root(double x) { return __builtin_sqrt(x); }
 
+// Whether float32 holds all squared distances exactly.
+inline bool fits_float(int64_t d, int64_t h, int64_t w) { return d * d + h * h + w * w < int64_t{1} << 24; }
+
+template <typename T, typename Wide, typename Out>
+inline void convert_squares_as(const T* squares, int64_t count, bool squared, Out* out) {
+  const Wide infinity = static_cast<Wide>(__builtin_huge_val());
+  if (squared) {
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = static_cast<Out>(squares[i] >= none<T>() ? infinity : static_cast<Wide>(squares[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = static_cast<Out>(root(squares[i] >= none<T>() ? infinity : static_cast<Wide>(squares[i])));
+  }
+}
+
+// The results of `count` lanes, rounded once: integers that float32 cannot hold take the way over double.
+template <typename T, typename Out>
+inline void convert_squares(Lanes<T> lanes, int64_t count, bool squared, bool exact, Out* out) {
+  alignas(kVectorBytes) T squares[kLaneCount<T>];
+  store_lanes(squares, lanes);
+  if constexpr (!std::is_same_v<T, int32_t>) {
+    convert_squares_as<T, T>(squares, count, squared, out);
+  } else if (exact) {
+    convert_squares_as<T, Out>(squares, count, squared, out);
+  } else {
+    convert_squares_as<T, double>(squares, count, squared, out);
+  }
+}
+
 // A view of the elements of one pass: `rows` along its axis, at every row `columns` neighbours in memory.
 struct AxisView {
   int64_t rows, columns;
@@ -60,7 +89,12 @@ class AxisPass {
   }
 
   AxisPass(const DistanceArgs& a, const AxisView& view, const Source* source, void* result, void* workspace)
-      : a_(a), v_(view), source_(source), result_(result), labels_(distance::compares_labels(a.mode)) {
+      : a_(a),
+        v_(view),
+        source_(source),
+        result_(result),
+        labels_(distance::compares_labels(a.mode)),
+        exact_(fits_float(a.d, a.h, a.w)) {
     s_.carve(static_cast<char*>(workspace), v_.rows, labels_, a.indices != nullptr);
   }
 
@@ -91,7 +125,6 @@ class AxisPass {
     int64_t* least_arg;  // [rows]
     int64_t* most_arg;   // [rows]
     uint8_t* flags;      // [kStrip]
-    Out* row;            // [kStrip]
     int32_t* old;        // [2, rows, kLanesT]
 
     // Returns the end.
@@ -110,7 +143,6 @@ class AxisPass {
       take(least_arg, rows);
       take(most_arg, rows);
       take(flags, kStrip);
-      take(row, kStrip);
       take(old, indices ? 2 * rows * kLanesT : 0);
       return at;
     }
@@ -157,18 +189,23 @@ class AxisPass {
   // All bits where the elements of rows y - 1 and y have the same label.
   void load_same(int64_t column, int64_t count, int64_t y) {
     uint16_t* same = s_.near_same + y * kStrip;
-    for (int64_t i = 0; i < kStrip; ++i) same[i] = UINT16_MAX;
+    if (y == 0 || count < kStrip)
+      for (int64_t i = 0; i < kStrip; ++i) same[i] = UINT16_MAX;
     if (y == 0) return;
     const int64_t at = v_.first + y * v_.stride + column;
-    rows_differ(a_, at, at - v_.stride, count, s_.flags);
-    for (int64_t i = 0; i < count; ++i) same[i] = static_cast<uint16_t>(s_.flags[i] - 1);
+    if (count == kStrip) {
+      compare_rows<uint16_t>(a_, at, at - v_.stride, kStrip, 1, same);
+    } else {
+      compare_rows<uint16_t>(a_, at, at - v_.stride, count, 1, same);
+    }
   }
 
   template <bool kLabels>
   void scan_near(int64_t column, int64_t count) {
-    constexpr int64_t kSkip = 8;  // rows below an unfinished one that are not even tried
+    constexpr int64_t kFewestSkipped = 8;  // rows below an unfinished one are not even tried, more and more of them
     constexpr int kVectors = kStrip / kLanes16;
-    int64_t skip_to[kVectors] = {};
+    int64_t skip_to[kVectors] = {}, skip[kVectors];
+    for (int64_t& rows : skip) rows = kFewestSkipped;
     alignas(kVectorBytes) uint16_t best[kStrip] = {};
     const int64_t stride = row_stride(v_.rows);
     for (int64_t y = 0; y < v_.rows; ++y) {
@@ -180,8 +217,11 @@ class AxisPass {
         const V16 found = scan_near_row<kLabels>(s_.near_f + v * kLanes16, s_.near_same + v * kLanes16, y);
         if (any_above(found, kNearReach * kNearReach)) {
           unfinished = 1;
-          skip_to[v] = y + kSkip;
+          skip_to[v] = y + skip[v];
+          skip[v] *= 2;
           any_unfinished_ = true;
+        } else {
+          skip[v] = kFewestSkipped;
         }
         store_lanes(best + v * kLanes16, found);
       }
@@ -199,25 +239,18 @@ class AxisPass {
     [[maybe_unused]] const uint16_t *same_up = same + y * kStrip, *same_down = same_up;
     for (int k = 1; k <= kNearReach && any_above(best, static_cast<uint16_t>(k * k)); ++k) {
       // At the ends the outermost row is a candidate again, further away than it is: it changes nothing.
-      V16 above, below;
       if constexpr (kLabels) {
-        if (up > top) {
-          alive_up &= load_lanes(same_up);
-          up -= kStrip;
-          same_up -= kStrip;
-        }
-        if (down < bottom) {
-          down += kStrip;
-          same_down += kStrip;
-          alive_down &= load_lanes(same_down);
-        }
-        above = load_lanes(up) & alive_up;
-        below = load_lanes(down) & alive_down;
-      } else {
-        up = up > top ? up - kStrip : up;
-        down = down < bottom ? down + kStrip : down;
-        above = load_lanes(up);
-        below = load_lanes(down);
+        alive_up &= load_lanes(same_up);
+        same_up = up > top ? same_up - kStrip : same_up;
+        same_down = down < bottom ? same_down + kStrip : same_down;
+        alive_down &= load_lanes(same_down);
+      }
+      up = up > top ? up - kStrip : up;
+      down = down < bottom ? down + kStrip : down;
+      V16 above = load_lanes(up), below = load_lanes(down);
+      if constexpr (kLabels) {
+        above &= alive_up;
+        below &= alive_down;
       }
       best = lanes_min(best, lanes_min(above, below) + static_cast<uint16_t>(k * k));
     }
@@ -308,7 +341,7 @@ class AxisPass {
 
   bool differs_from_row_above(int64_t column, int64_t count, int64_t y) {
     const int64_t at = v_.first + y * v_.stride + column;
-    rows_differ(a_, at, at - v_.stride, count, s_.flags);
+    compare_rows<uint8_t>(a_, at, at - v_.stride, count, 0, s_.flags);
     uint8_t any = 0;
     for (int64_t i = 0; i < count; ++i) any |= s_.flags[i];
     for (int64_t i = count; i < kLanesT; ++i) s_.flags[i] = s_.flags[count - 1];
@@ -337,8 +370,11 @@ class AxisPass {
       V low = x, high = y;
       if (known_a) low = all_lanes<T>(T(a)) > x ? load_lanes(s_.arg + a * kLanesT) : low;
       if (known_b) high = all_lanes<T>(T(b)) < y ? load_lanes(s_.arg + b * kLanesT) : high;
-      least = larger(least, least_lane(low));
-      most = smaller(most, most_lane(high));
+      alignas(kVectorBytes) T bounds[2][kLanesT];
+      store_lanes(bounds[0], low);
+      store_lanes(bounds[1], high);
+      least = larger(least, least_lane(bounds[0]));
+      most = smaller(most, most_lane(bounds[1]));
     } else {
       if (known_a) least = s_.least_arg[a];
       if (known_b) most = s_.most_arg[b];
@@ -352,12 +388,13 @@ class AxisPass {
     between(m, b, true, known_b);
   }
 
-  static int64_t least_lane(V v) {
+  // Of lanes in memory: a vector whose lanes are asked for one by one would live there all the time.
+  static int64_t least_lane(const T* v) {
     T least = v[0];
     for (int i = 1; i < kLanesT; ++i) least = smaller(least, v[i]);
     return static_cast<int64_t>(least);
   }
-  static int64_t most_lane(V v) {
+  static int64_t most_lane(const T* v) {
     T most = v[0];
     for (int i = 1; i < kLanesT; ++i) most = larger(most, v[i]);
     return static_cast<int64_t>(most);
@@ -388,8 +425,8 @@ class AxisPass {
     }
     store_lanes(s_.arg + m * kLanesT, arg);
     if constexpr (!kLabels) {
-      s_.least_arg[m] = least_lane(arg);
-      s_.most_arg[m] = most_lane(arg);
+      s_.least_arg[m] = least_lane(s_.arg + m * kLanesT);
+      s_.most_arg[m] = most_lane(s_.arg + m * kLanesT);
     }
     store_far(best, m);
   }
@@ -401,13 +438,12 @@ class AxisPass {
       for (int64_t i = 0; i < far_count_; ++i) to[i] = best[i];
       return;
     }
-    for (int i = 0; i < kLanesT; ++i) {  // int32 to float rounds once: the root of a double that holds it exactly
-      using Wide = std::conditional_t<kInteger, double, T>;
-      const Wide square = best[i] >= none<T>() ? static_cast<Wide>(__builtin_huge_val()) : static_cast<Wide>(best[i]);
-      s_.row[i] = static_cast<Out>(a_.squared ? square : root(square));
-    }
     Out* to = static_cast<Out*>(result_) + at;
-    for (int64_t i = 0; i < far_count_; ++i) to[i] = s_.row[i];
+    if (far_count_ == kLanesT) {
+      convert_squares<T>(best, kLanesT, a_.squared, exact_, to);
+    } else {
+      convert_squares<T>(best, far_count_, a_.squared, exact_, to);
+    }
   }
 
   // ---- indices
@@ -435,10 +471,14 @@ class AxisPass {
         } else if (source_y != y) {  // a row without a source that is one itself: all of another value
           source_x = x;
         }
-        to[0] = source_x < 0 ? -1 : source_y;
-        to[v_.component_stride] = source_x;
+        const bool own = is_own_source(self);
+        to[0] = own ? y : source_x < 0 ? -1 : source_y;
+        to[v_.component_stride] = own ? x : source_x;
       }
   }
+
+  // Background among objects is 0 from itself.
+  bool is_own_source(int64_t self) const { return v_.last && a_.mode == Mode::kObjects && zero_at(a_, self); }
 
   int64_t in_row(int64_t self, int64_t row, int64_t source_y, int64_t x) const {
     if (labels_ && differ_at(a_, self, row + x)) return x;
@@ -464,9 +504,10 @@ class AxisPass {
           of_row[0] = p / a_.w;
           of_row[1] = p % a_.w;
         }
-        to[0] = of_row[0] < 0 ? -1 : source;
-        to[v_.component_stride] = of_row[0];
-        to[2 * v_.component_stride] = of_row[1];
+        const bool own = is_own_source(v_.first + y * v_.stride + p);
+        to[0] = own ? y : of_row[0] < 0 ? -1 : source;
+        to[v_.component_stride] = own ? p / a_.w : of_row[0];
+        to[2 * v_.component_stride] = own ? p % a_.w : of_row[1];
       }
   }
 
@@ -474,7 +515,7 @@ class AxisPass {
   const AxisView v_;
   const Source* source_;
   void* result_;
-  const bool labels_;
+  const bool labels_, exact_;
   bool any_unfinished_ = false;
   int64_t far_column_ = 0, far_count_ = 0;
   Scratch s_;

@@ -12,7 +12,7 @@ using distance::Mode;
 
 // Calls f(E{}) with the unsigned integer type of the input's elements: only their bits are looked at.
 template <typename F>
-inline void by_element(int bytes, const F& f) {
+inline __attribute__((always_inline)) void by_element(int bytes, const F& f) {
   switch (bytes) {
     case 1: return f(uint8_t{});
     case 2: return f(uint16_t{});
@@ -23,6 +23,7 @@ inline void by_element(int bytes, const F& f) {
 
 template <typename E>
 inline bool is_zero(E element, bool floating) {
+  if constexpr (sizeof(E) == 1) return element == 0;
   return static_cast<E>(element << static_cast<int>(floating)) == 0;
 }
 
@@ -46,16 +47,19 @@ inline bool differ_at(const DistanceArgs& a, int64_t at, int64_t other) {
   return element_at(a, at) != element_at(a, other);
 }
 
-// flags[i] = whether rows p and q differ at i.
-inline void rows_differ(const DistanceArgs& a, int64_t p, int64_t q, int64_t count, uint8_t* flags) {
-  by_element(a.element_bytes, [&](auto e) {
+// result[i] = whether rows p and q differ at i, as 1 or 0, minus `less`. Inlined where the count is a constant.
+template <typename R>
+inline __attribute__((always_inline)) void compare_rows(const DistanceArgs& a, int64_t p, int64_t q, int64_t count,
+                                                        R less, R* __restrict result) {
+  by_element(a.element_bytes, [&](auto e) __attribute__((always_inline)) {
     using E = decltype(e);
     const E *x = static_cast<const E*>(a.input) + p, *y = static_cast<const E*>(a.input) + q;
     if (a.mode == Mode::kSigned) {
       const bool floating = a.floating;
-      for (int64_t i = 0; i < count; ++i) flags[i] = is_zero(x[i], floating) != is_zero(y[i], floating);
+      for (int64_t i = 0; i < count; ++i)
+        result[i] = static_cast<R>((is_zero(x[i], floating) != is_zero(y[i], floating)) - less);
     } else {
-      for (int64_t i = 0; i < count; ++i) flags[i] = x[i] != y[i];
+      for (int64_t i = 0; i < count; ++i) result[i] = static_cast<R>((x[i] != y[i]) - less);
     }
   });
 }
@@ -87,32 +91,31 @@ constexpr G kNoSource = static_cast<G>(~G(0));
 template <typename G>
 class RowPass {
  public:
-  static int64_t workspace(int64_t w) { return row_stride(w) * (2 + static_cast<int64_t>(sizeof(G))); }
+  static int64_t workspace(int64_t w) { return row_stride(w) * (1 + static_cast<int64_t>(sizeof(G))) + kRowUnit; }
 
   RowPass(const DistanceArgs& a, void* workspace)
       : a_(a),
         stride_(row_stride(a.w)),
         left_(static_cast<G*>(workspace)),
         flags_(static_cast<uint8_t*>(workspace) + stride_ * static_cast<int64_t>(sizeof(G))) {
-    for (int64_t i = 0; i < 2 * stride_; ++i) flags_[i] = 0;
+    for (int64_t i = 0; i < stride_ + kRowUnit; ++i) flags_[i] = 0;
   }
 
   // Row number `row` of all, counted over images and planes, to g [stride].
   void run(int64_t row, G* g) {
-    uint8_t *before = flags_, *after = flags_;
-    if (distance::compares_labels(a_.mode)) {  // the source lies one beyond the last element of a run
-      after = flags_ + stride_;
-      rows_differ(a_, row * a_.w + 1, row * a_.w, a_.w - 1, before + 1);
-      for (int64_t i = 0; i < a_.w - 1; ++i) after[i] = before[i + 1];
-      fill(before, after, 1, g);
+    if (distance::compares_labels(a_.mode)) {  // the source lies one beyond the first or last element of a run
+      compare_rows<uint8_t>(a_, row * a_.w + 1, row * a_.w, a_.w - 1, 0, flags_ + 1);
+      fill(flags_, flags_ + 1, 1, g);
     } else {
       by_element(a_.element_bytes, [&](auto e) {
         using E = decltype(e);
         const E* x = static_cast<const E*>(a_.input) + row * a_.w;
+        uint8_t* __restrict flags = flags_;
         const bool floating = a_.floating;
-        for (int64_t i = 0; i < a_.w; ++i) before[i] = is_zero(x[i], floating);
+        const int64_t w = a_.w;
+        for (int64_t i = 0; i < w; ++i) flags[i] = is_zero(x[i], floating);
       });
-      fill(before, after, 0, g);
+      fill(flags_, flags_, 0, g);
     }
   }
 
@@ -160,7 +163,7 @@ class RowPass {
   const DistanceArgs& a_;
   const int64_t stride_;
   G* left_;         // [stride]
-  uint8_t* flags_;  // [2, stride], zero beyond the width
+  uint8_t* flags_;  // [stride + kRowUnit], zero beyond the width
 };
 
 }  // namespace

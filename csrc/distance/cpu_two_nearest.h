@@ -154,6 +154,7 @@ class TwoNearest {
                        int64_t column, double spacing, bool last) const {
     const Planes in = carve(workspace_ + image_bytes(a_) + worker * worker_bytes(a_), rows * kLanesT);
     const int64_t count = smaller(int64_t{kLanesT}, stride - column);
+    const bool exact = fits_float(a_.d, a_.h, a_.w);
     for (int64_t y = 0; y < rows; ++y) {
       const int64_t at = start + y * stride + column;
       for (int64_t i = 0; i < kLanesT; ++i) {
@@ -180,8 +181,8 @@ class TwoNearest {
       }
       if (last) {
         const int64_t at = image * a_.d * plane_ + start + y * stride + column;
-        write(best.first, static_cast<Out*>(a_.first) + at, count);
-        write(best.second, static_cast<Out*>(a_.second) + at, count);
+        convert_squares<T>(best.first, count, a_.squared, exact, static_cast<Out*>(a_.first) + at);
+        convert_squares<T>(best.second, count, a_.squared, exact, static_cast<Out*>(a_.second) + at);
       } else {
         const int64_t at = start + y * stride + column;
         for (int64_t i = 0; i < count; ++i) {
@@ -197,15 +198,6 @@ class TwoNearest {
   static Lane load(const Planes& p, int64_t y) {
     return {load_lanes(p.first + y * kLanesT), load_lanes(p.second + y * kLanesT),
             load_lanes(p.first_label + y * kLanesT), load_lanes(p.second_label + y * kLanesT)};
-  }
-
-  void write(V squares, Out* out, int64_t count) const {
-    using Wide = std::conditional_t<kInteger, double, T>;
-    for (int64_t i = 0; i < count; ++i) {
-      const Wide square =
-          squares[i] >= none<T>() ? static_cast<Wide>(__builtin_huge_val()) : static_cast<Wide>(squares[i]);
-      out[i] = static_cast<Out>(a_.squared ? square : root(square));
-    }
   }
 
   const TwoNearestArgs& a_;

@@ -60,6 +60,6 @@ def _pairs(input: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """The maps as [N, elements], and the squared distances between any two elements [elements, elements]."""
     axes = input.shape[input.dim() - len(spacing) :]
     points = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float64) for n in axes])  # [elements, dims]
-    points = points * torch.tensor(spacing, dtype=torch.float64)
-    squares = (points[:, None] - points[None]).square().sum(2)
+    steps = (points[:, None] - points[None]) * torch.tensor(spacing, dtype=torch.float64)
+    squares = steps.square().sum(2)
     return input.cpu().reshape(-1, points.shape[0]), squares
