@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyseg
-from pyseg.functional import atrous_conv2d, distance_to_two_nearest_objects, distance_transform
+from pyseg.functional import atrous_conv2d, confusion_matrix, distance_to_two_nearest_objects, distance_transform, iou
 
 BACKENDS = ["aot_eager", "inductor"]
 
@@ -253,3 +253,35 @@ def test_distance_transform(device, backend):
             torch.testing.assert_close(eager, other)
             assert eager.stride() == other.stride()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confusion_matrix(device, backend):
+    """From logits and from labels, with what is computed of it, for sizes that change without recompiling."""
+    available(device, backend)
+
+    def scores(x, target):
+        matrix = confusion_matrix(x * 2, target, None, 255)
+        labels = confusion_matrix(x.argmax(1), target, 5, 255, per_image=True)
+        return matrix, labels, iou(matrix, reduction="mean")
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = compiled(scores, counter)
+    for x in images(device, (2, 7, 9), (3, 8, 6), (4, 11, 7)):
+        target = torch.randint(0, 5, x[:, 0].shape).to(device)
+        target[:, 0] = 255
+        for eager, other in zip(scores(x, target), fast(x, target), strict=True):
+            torch.testing.assert_close(eager, other)
+    assert counter.frame_count == 1
+
+
+def test_metric_module():
+    """update() in the graph of a compiled evaluation step: the buffer changes in place."""
+    metric = pyseg.nn.ConfusionMatrix(5, 255)
+    step = compiled(lambda x, target: metric.update(x.sin(), target), "aot_eager")
+    total = 0
+    for x in images("cpu", (2, 7, 9), (3, 8, 6)):
+        target = torch.randint(0, 5, x[:, 0].shape)
+        step(x, target)
+        total = total + confusion_matrix(x.sin(), target)
+    assert torch.equal(metric.compute(), total)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import Dim
 
 import pyseg
-from pyseg.functional import atrous_conv2d, distance_to_two_nearest_objects, distance_transform
+from pyseg.functional import atrous_conv2d, confusion_matrix, dice, distance_to_two_nearest_objects, distance_transform
 
 
 class Function(nn.Module):
@@ -125,3 +125,26 @@ def test_distance_transform(device, strict):
     for shape in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
         for got, expected in zip(module(labels(*shape)), Distances()(labels(*shape)), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+class Scores(nn.Module):
+    def forward(self, x, target):
+        return dice(confusion_matrix(x, target, ignore_index=255))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_confusion_matrix(device, strict):
+    model = Scores()
+
+    def example(n, h, w):
+        x = torch.randn(n, 6, h, w).to(device)
+        return x, torch.randint(0, 6, (n, h, w)).to(device)
+
+    sizes = {0: Dim("n"), 2: Dim("h", min=2, max=4096), 3: Dim("w", min=2, max=4096)}
+    shapes = {"x": sizes, "target": {0: sizes[0], 1: sizes[2], 2: sizes[3]}}
+    arguments = example(2, 9, 8)
+    program = saved_and_loaded(torch.export.export(model, arguments, dynamic_shapes=shapes, strict=strict))
+    assert torch.ops.pyseg.confusion_matrix.default in [node.target for node in program.graph.nodes]
+    for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
+        arguments = example(*size)
+        torch.testing.assert_close(program.module()(*arguments), model(*arguments), equal_nan=True)

@@ -1,17 +1,25 @@
 """Slow, obvious implementations written from the definitions: what the tests compare the kernels with."""
 
 from pyseg.reference.atrous_conv2d import atrous_conv2d as atrous_conv2d
+from pyseg.reference.confusion_matrix import confusion_matrix as confusion_matrix
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
 from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
 from pyseg.reference.pixel_cross_entropy import pixel_cross_entropy as pixel_cross_entropy
 from pyseg.reference.segmentation_statistics import segmentation_statistics as segmentation_statistics
+from pyseg.reference.surface_distance import average_surface_distance as average_surface_distance
+from pyseg.reference.surface_distance import hausdorff_distance as hausdorff_distance
+from pyseg.reference.surface_distance import surface_dice as surface_dice
 
 __all__ = [
     "atrous_conv2d",
+    "average_surface_distance",
+    "confusion_matrix",
     "distance_to_two_nearest_objects",
     "distance_transform",
+    "hausdorff_distance",
     "lovasz_statistics",
     "pixel_cross_entropy",
     "segmentation_statistics",
+    "surface_dice",
 ]
