@@ -118,7 +118,7 @@ def test_labels_out_of_range_become_nan(device, classes):
 
 def test_second_device(device):
     if torch.cuda.device_count() < 2:
-        pytest.skip("one device")
+        pytest.skip("one CUDA device only")
     logits, labels = make_logits((1, 3, 4, 5)), make_labels((1, 3, 4, 5))
     arguments = (None, "softmax", None, 0.0, True, True, True)
     got = torch.ops.pyseg.segmentation_statistics(logits.to("cuda:1"), labels.to("cuda:1"), *arguments)

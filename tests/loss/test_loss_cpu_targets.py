@@ -1,0 +1,44 @@
+"""The losses' kernels of every instruction set that this machine has, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyseg
+
+SCRIPT = """
+import torch
+from segmentation_cases import DTYPES, make_dense, make_labels, make_logits
+import test_lovasz_statistics, test_pixel_cross_entropy, test_segmentation_statistics
+import pyseg._loader
+assert pyseg._loader._C.cpu_capability() == {capability!r}
+test_segmentation_statistics.test_vectorised_logarithm()
+test_segmentation_statistics.test_vectorised_exponential()
+test_segmentation_statistics.test_large_gradient()
+for dtype in DTYPES:
+    for activation in ("softmax", "sigmoid", "none"):
+        for layout in ("contiguous", "channels_last"):
+            logits = make_logits((2, 5, 9, 61), dtype, activation, layout)
+            labels, dense = make_labels(logits.shape, ignore=9), make_dense(logits.shape)
+            for gamma in (0.0, 1.5):
+                test_segmentation_statistics.check(logits, labels, None, activation, 9, gamma, True, True, True)
+                test_pixel_cross_entropy.check(logits, dense, None, activation, None, gamma, 0.0)
+    logits = test_lovasz_statistics.distinct_logits((2, 3, 5, 8), dtype)
+    test_lovasz_statistics.check(logits, make_labels(logits.shape), "hinge", None, False)
+"""
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_cpu_capability(capability):
+    here = Path(__file__).parent
+    tests = here.parent
+    folders = [str(here), str(tests), str(Path(pyseg.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = dict(os.environ, PYSEG_CPU_CAPABILITY=capability, PYTHONPATH=os.pathsep.join(folders))
+    script = SCRIPT.format(capability=capability)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    if "the best that this machine has" in result.stderr:
+        pytest.skip(f"cpu target: this machine cannot run {capability}")
+    assert result.returncode == 0, result.stderr[-3000:]
