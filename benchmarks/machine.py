@@ -13,7 +13,7 @@ import torch
 
 SGEMM_SIZES = (512, 1024, 1536)
 STREAM_MIB = (1, 4, 16, 64, 256)  # footprints, from inside the caches to far outside
-PACKAGES = ("torch", "torchvision", "numpy", "onnxruntime", "pyseg-kernels")
+PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "onnxruntime", "pyseg-kernels")
 
 
 def measure_rates(seconds: float = 0.15) -> dict[str, Any]:
