@@ -102,3 +102,28 @@ def test_same_cell_is_added_once_a_warp(device):
     with cuda_budget(kernel("FromLabels"), launches=1, bank_conflicts=1.05):
         matrix = confusion_matrix(target, target, 4)
     assert matrix[1, 1] == 4096
+
+
+def test_second_device(device):
+    """The tensors' own device, whichever is current."""
+    if torch.cuda.device_count() < 2:
+        return
+    x, target = inputs(2, 9, 8, 8, torch.float32)
+    matrix = confusion_matrix(x.to("cuda:1"), target.to("cuda:1"))
+    assert matrix.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(matrix.cpu(), reference.confusion_matrix(x, target, 9))
+    with pytest.raises(RuntimeError, match=r"^confusion_matrix: prediction must be on the device of target"):
+        confusion_matrix(x.to("cuda:1"), target.to("cuda:0"))
+
+
+@pytest.mark.needs_gpu("graph capture")
+def test_graph_capture(device):
+    x, target = (t.to(device) for t in inputs(2, 9, 32, 64, torch.float32))
+    expected = confusion_matrix(x, target)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        matrix = confusion_matrix(x, target)
+    matrix.zero_()
+    graph.replay()
+    assert torch.equal(matrix, expected)
