@@ -19,7 +19,7 @@ os._exit(status)' -o pythonpath="$site" -o addopts= -q -p no:cacheprovider -m "n
 
 # Left out everywhere: tests of sizes that take minutes in instrumented code, of the choice among CPU targets (these
 # builds have one), of memory use (a sanitizer's own counts too).
-slow="test_large or backward_large or 2048 or cpu_capability or every_cpu_target or memory_is_given_back or compile or export or opcheck"
+slow="test_large or backward_large or 2048 or cpu_capability or cpu_target or memory_is_given_back or compile or export or opcheck"
 # The operators' own tests; those of the Python layers above them call the same kernels.
 operators=(
   tests/conv
