@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyseg
-from pyseg.functional import atrous_conv2d
+from pyseg.functional import atrous_conv2d, distance_to_two_nearest_objects, distance_transform
 
 BACKENDS = ["aot_eager", "inductor"]
 
@@ -229,3 +229,27 @@ def test_freezing_folds_the_packing():
         y, code = run_and_get_code(fast, x)
         torch.testing.assert_close(y, conv(x))
     assert "_atrous_conv2d_pack" not in "".join(code)
+
+
+# ---- distance_transform ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_distance_transform(device, backend):
+    """Everything that it returns, in graphs with operators around it, sizes that change without recompiling."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    available(device, backend)
+
+    def function(x):
+        distances, indices = distance_transform(x > 0, (2.0, 1.0), signed=True, return_indices=True)
+        first, second = distance_to_two_nearest_objects((x > 0.5).int() + (x > 1))
+        return distances * 2, indices + 1, first - distances, second
+
+    counter = CompileCounterWithBackend(backend)
+    fast = compiled(function, counter)
+    for x in images(device, (2, 7, 9), (3, 8, 6), (4, 11, 7)):
+        for eager, other in zip(function(x), fast(x), strict=True):
+            torch.testing.assert_close(eager, other)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1

@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import Dim
 
 import pyseg
-from pyseg.functional import atrous_conv2d
+from pyseg.functional import atrous_conv2d, distance_to_two_nearest_objects, distance_transform
 
 
 class Function(nn.Module):
@@ -103,3 +103,25 @@ def test_module_of_inference_tensors():
         x = torch.randn(2, 6, 9, 8)
         program = torch.export.export(model, (x,))
         torch.testing.assert_close(program.module()(x), model(x))
+
+
+# ---- distance_transform ----
+
+
+class Distances(nn.Module):
+    def forward(self, x):
+        distances, indices = distance_transform(x, labels=True, return_indices=True)
+        return distances, indices, *distance_to_two_nearest_objects(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_distance_transform(device, strict):
+    def labels(*shape):
+        return torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    shapes = {"x": {0: Dim("n"), 1: Dim("h"), 2: Dim("w")}}
+    program = torch.export.export(Distances(), (labels(2, 9, 8),), dynamic_shapes=shapes, strict=strict)
+    module = saved_and_loaded(program).module()
+    for shape in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
+        for got, expected in zip(module(labels(*shape)), Distances()(labels(*shape)), strict=True):
+            torch.testing.assert_close(got, expected)

@@ -85,7 +85,7 @@ class AxisPass {
  public:
   static int64_t workspace(int64_t rows, bool labels, bool indices) {
     Scratch scratch;
-    return scratch.carve(nullptr, rows, labels, indices) - static_cast<char*>(nullptr);
+    return static_cast<int64_t>(scratch.carve(0, rows, labels, indices));
   }
 
   AxisPass(const DistanceArgs& a, const AxisView& view, const Source* source, void* result, void* workspace)
@@ -95,7 +95,7 @@ class AxisPass {
         result_(result),
         labels_(distance::compares_labels(a.mode)),
         exact_(fits_float(a.d, a.h, a.w)) {
-    s_.carve(static_cast<char*>(workspace), v_.rows, labels_, a.indices != nullptr);
+    s_.carve(reinterpret_cast<uintptr_t>(workspace), v_.rows, labels_, a.indices != nullptr);
   }
 
   // Columns column .. column + kStrip - 1.
@@ -117,6 +117,7 @@ class AxisPass {
   struct Scratch {
     uint16_t* near_f;     // [rows, kStrip]
     uint16_t* near_same;  // [rows, kStrip]
+    Source* saved;        // [rows, kStrip]
     uint8_t* unfinished;  // [kStrip / kLanes16, rows rounded up]
     T* f;                 // [rows, kLanesT], like the next three
     T* arg;
@@ -127,14 +128,15 @@ class AxisPass {
     uint8_t* flags;      // [kStrip]
     int32_t* old;        // [2, rows, kLanesT]
 
-    // Returns the end.
-    char* carve(char* at, int64_t rows, bool labels, bool indices) {
+    // Returns the end of what starts at address `at`.
+    uintptr_t carve(uintptr_t at, int64_t rows, bool labels, bool indices) {
       const auto take = [&](auto*& pointer, int64_t count) {
         pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-        at += row_stride(count * static_cast<int64_t>(sizeof(*pointer)));
+        at += static_cast<uintptr_t>(row_stride(count * static_cast<int64_t>(sizeof(*pointer))));
       };
       take(near_f, rows * kStrip);
       take(near_same, labels ? rows * kStrip : 0);
+      take(saved, kFromRows ? 0 : rows * kStrip);
       take(unfinished, row_stride(rows) * (kStrip / kLanes16));
       take(f, rows * kLanesT);
       take(arg, rows * kLanesT);
@@ -173,6 +175,8 @@ class AxisPass {
         for (int64_t i = 0; i < kStrip; ++i) to[i] = 0;  // columns that do not exist are done at once
         for (int64_t i = 0; i < count; ++i) to[i] = near_square(from[i]);
       }
+      if constexpr (!kFromRows)  // what is near may be stored where these are, before what is far has been read
+        for (int64_t i = 0; i < count; ++i) s_.saved[y * kStrip + i] = from[i];
       if (labels_) load_same(column, count, y);
     }
   }
@@ -288,7 +292,12 @@ class AxisPass {
     while (y < v_.rows && !unfinished[y]) ++y;
     if (y == v_.rows) return;
     for (; c < end; c += kLanesT) {
-      load_far(column + c, smaller(int64_t{kLanesT}, end - c));
+      const int64_t lanes = smaller(int64_t{kLanesT}, end - c);
+      if constexpr (kFromRows) {
+        load_far(column + c, lanes, source_ + column + c, v_.source_stride);
+      } else {
+        load_far(column + c, lanes, s_.saved + c, kStrip);
+      }
       for (int64_t first = y; first < v_.rows;) {
         int64_t last = first;
         while (last < v_.rows && unfinished[last]) ++last;
@@ -300,20 +309,20 @@ class AxisPass {
   }
 
   void far(int64_t column, int64_t count) {
-    load_far(column, count);
+    load_far(column, count, source_ + column, v_.source_stride);
     between(-1, v_.rows, false, false);
     if (a_.indices) write_indices(column, count);
   }
 
-  void load_far(int64_t column, int64_t count) {
+  // Reads `from` [rows, stride], whose first column is `column`.
+  void load_far(int64_t column, int64_t count, const Source* from, int64_t stride) {
     far_column_ = column;
     far_count_ = count;
     const T before = static_cast<T>(a_.spacing[2]);
     for (int64_t y = 0; y < v_.rows; ++y) {
-      const Source* from = source_ + y * v_.source_stride + column;
       T* to = s_.f + y * kLanesT;
       for (int64_t i = 0; i < kLanesT; ++i) {
-        const Source s = from[smaller(i, count - 1)];  // lanes that do not exist repeat the last one
+        const Source s = from[y * stride + smaller(i, count - 1)];  // lanes that do not exist repeat the last one
         if constexpr (kFromRows) {
           const T g = static_cast<T>(s) * before;
           to[i] = s == kNoSource<Source> ? none<T>() : g * g;

@@ -1,4 +1,5 @@
-// What host and device code of distance_transform share: modes and the choice of the arithmetic. Torch-free.
+// What host and device code of distance_transform share: modes and the choice of the arithmetic. Torch-free. Functions are
+// static: units for different instruction sets must not share one.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@ enum class Mode {
 };
 
 // All modes but the plain mask compare neighbours with each other, not with zero.
-constexpr bool compares_labels(Mode mode) { return mode != Mode::kMask; }
+static constexpr bool compares_labels(Mode mode) { return mode != Mode::kMask; }
 
 // Squared distances are integers where spacing is 1. Below kMostInt they, and kNoneInt (no source in reach) plus one of
 // them, fit an int32; float64 holds larger ones exactly.
@@ -23,7 +24,7 @@ constexpr int32_t kNoneInt = 1 << 30;
 enum class Arithmetic { kInt32, kFloat, kDouble };
 
 // float32 counts positions along an axis exactly up to 2^24.
-constexpr Arithmetic arithmetic_for(const int64_t (&sizes)[3], const double (&spacing)[3], bool float64) {
+static constexpr Arithmetic arithmetic_for(const int64_t (&sizes)[3], const double (&spacing)[3], bool float64) {
   const bool unit = spacing[0] == 1 && spacing[1] == 1 && spacing[2] == 1;
   double longest = 0;
   for (const int64_t size : sizes) longest += double(size) * double(size);
