@@ -86,7 +86,7 @@ def _small_labels(of: Problem) -> Tensor:
         return of.target
     channels = of.logits.shape[1]
     limit = max(channels, 2)
-    if of.target.device.type == "cpu" and of.target.numel():
+    if of.target.device.type == "cpu" and of.target.numel() and not torch.compiler.is_compiling():
         valid = of.valid()
         low, high = (of.target if valid is None else of.target.where(valid, 0)).aminmax()
         if low < 0 or high >= limit:
