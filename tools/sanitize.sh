@@ -19,17 +19,17 @@ os._exit(status)' -o pythonpath="$site" -o addopts= -q -p no:cacheprovider -m "n
 
 # Left out everywhere: tests of sizes that take minutes in instrumented code, of the choice among CPU targets (these
 # builds have one), of memory use (a sanitizer's own counts too).
-slow="test_large or backward_large or 2048 or cpu_capability or memory_is_given_back"
+slow="test_large or backward_large or 2048 or cpu_capability or cpu_targets or memory_is_given_back"
 
 echo "sanitize: address, undefined"
 # libstdc++ is preloaded too, or the sanitizer does not find the function that throws exceptions.
 LD_PRELOAD="$(library libasan.so) $(library libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  tests address tests/conv -k "not ($slow)"
+  tests address tests/conv tests/distance -k "not ($slow)"
 
 # Threads: each path, dense and depthwise, forward and backward, in each layout and dtype.
 echo "sanitize: thread"
 gcc -O1 -shared -fPIC tools/tsan_gomp.c -o build/thread/tsan_gomp.so
 LD_PRELOAD="$(library libtsan.so) $PWD/build/thread/tsan_gomp.so" \
   TSAN_OPTIONS=halt_on_error=1 \
-  tests thread tests/conv -k "(devices or dtypes or layouts or threads) and not ($slow)"
+  tests thread tests/conv tests/distance -k "(devices or dtypes or layouts or threads) and not ($slow)"

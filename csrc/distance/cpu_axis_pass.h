@@ -1,11 +1,12 @@
 // The passes along the other axes: for the elements y of every column,
 //   d(y) = min over i of f(i) + (spacing * (y - i))^2,      f: squared distance of what the passes before have found.
-// Where neighbours are compared by label, f(i) counts as 0 from the first element of another value on: going on beyond it
-// finds nothing nearer. Neighbouring columns are neighbours in memory and lie in the lanes of a vector.
+// Where neighbours are compared by label, f(i) counts as 0 from the first element of another value on: going on beyond
+// it finds nothing nearer. Neighbouring columns are neighbours in memory and lie in the lanes of a vector.
 //
 // Near: all candidates outwards from y, until no lane can improve; 16-bit sums. Most maps need nothing else.
-// Far (rows that are not done within kNearReach, other arithmetic, indices): the same scan, but the best i never decreases
-// with y within a run of one label, so halving intervals bounds it from both sides: O(rows log rows) for smooth columns.
+// Far (rows that are not done within kNearReach, other arithmetic, indices): the same scan, but the best i never
+// decreases with y within a run of one label, so halving intervals bounds it from both sides: O(rows log rows) for
+// smooth columns.
 #pragma once
 
 #include <type_traits>
@@ -334,7 +335,8 @@ class AxisPass {
     if (labels_) load_runs(column, count);
   }
 
-  // s_.before, s_.after: the nearest rows of another value on both sides, -1 and the number of rows where there is none.
+  // s_.before, s_.after: the nearest rows of another value on both sides, -1 and the number of rows where there is
+  // none.
   void load_runs(int64_t column, int64_t count) {
     V nearest = all_lanes<T>(T(-1));
     for (int64_t y = 0; y < v_.rows; ++y) {

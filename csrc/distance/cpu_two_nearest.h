@@ -1,6 +1,6 @@
-// Distances to the nearest and the second nearest object. An element's two are among the two nearest of every row: of the
-// others in a row both are nearer. So the passes are those of the distance transform with two candidates in place of one,
-// each with its label; a scan outwards ends where no lane can improve its second.
+// Distances to the nearest and the second nearest object. An element's two are among the two nearest of every row: of
+// the others in a row both are nearer. So the passes are those of the distance transform with two candidates in place
+// of one, each with its label; a scan outwards ends where no lane can improve its second.
 #pragma once
 
 #include "common/cpu_workers.h"

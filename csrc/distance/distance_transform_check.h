@@ -1,4 +1,5 @@
-// Checks of the distance transforms' arguments, the same on every device. Messages name operator, argument, expected, got.
+// Checks of the distance transforms' arguments, the same on every device. Messages name operator, argument, expected,
+// got.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

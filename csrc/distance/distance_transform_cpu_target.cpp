@@ -1,4 +1,5 @@
-// The CPU kernels of the distance transforms for one instruction set: compiled once per target, PYSEG_TARGET is its name.
+// The CPU kernels of the distance transforms for one instruction set: compiled once per target, PYSEG_TARGET is its
+// name.
 #include "distance/cpu_transform.h"
 #include "distance/cpu_two_nearest.h"
 #include "distance/distance_transform_cpu_kernel.h"

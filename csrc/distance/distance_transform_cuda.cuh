@@ -5,8 +5,9 @@
 // fit; a thread scans outwards from its element and ends where (spacing * k)^2 alone is no better. Where labels are
 // compared, a side ends at the first element of another label, whose f counts as 0. int32 arithmetic for spacing 1.
 //
-// Bytes at the least: the input is read and the squares written once by the rows, squares read and written once by every
-// other axis. No atomics, no communication between blocks: deterministic. Time: O(d) for an element of distance d.
+// Bytes at the least: the input is read and the squares written once by the rows, squares read and written once by
+// every other axis. No atomics, no communication between blocks: deterministic. Time: O(d) for an element of distance
+// d.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -142,8 +143,8 @@ __device__ __forceinline__ void write_distance(const AxisPass& args, void* resul
   }
 }
 
-// Grid: tiles of kColumns columns for each of the outer blocks. Shared memory: rows * kColumns of T, and as many bytes of
-// edges if there are any.
+// Grid: tiles of kColumns columns for each of the outer blocks. Shared memory: rows * kColumns of T, and as many bytes
+// of edges if there are any.
 template <typename T, int kColumns, bool kShared>
 __global__ void __launch_bounds__(kAxisThreads) distance_along_axis(const __grid_constant__ AxisPass args) {
   static_assert(kAxisThreads % kColumns == 0, "whole rows of a tile");

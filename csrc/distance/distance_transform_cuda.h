@@ -1,6 +1,6 @@
 // The CUDA parts of the distance transforms as seen by their registration: torch-free host functions over raw device
-// pointers. Every function launches on `stream` of the current device, never synchronises, allocates nothing, and returns
-// the first error of its launches. What comes in has been checked and has elements.
+// pointers. Every function launches on `stream` of the current device, never synchronises, allocates nothing, and
+// returns the first error of its launches. What comes in has been checked and has elements.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,8 +29,8 @@ struct RowPass {
   int64_t* nearest;  // [N, D, H, W] or null: the source's position in the row, -1 where there is none
 };
 
-// The pass along another axis: at every one of its `rows`, `columns` neighbours lie `stride` = columns elements further on,
-// and the next of `outer` such blocks follows after rows * columns elements.
+// The pass along another axis: at every one of its `rows`, `columns` neighbours lie `stride` = columns elements further
+// on, and the next of `outer` such blocks follows after rows * columns elements.
 struct AxisPass {
   int64_t outer, rows, columns;
   double spacing;
@@ -58,8 +58,8 @@ struct TwoNearest {
 
 cudaError_t launch_two_nearest_rows(const int32_t* labels, int64_t rows, int64_t w, double spacing, TwoNearest result,
                                     Arithmetic arithmetic, cudaStream_t stream);
-// args: outer, rows, columns, spacing, last, squared, float64, exact_roots; in the last pass result.first and second alone
-// are written, as distances.
+// args: outer, rows, columns, spacing, last, squared, float64, exact_roots; in the last pass result.first and second
+// alone are written, as distances.
 cudaError_t launch_two_nearest_axis(const AxisPass& args, TwoNearest from, TwoNearest result, Arithmetic arithmetic,
                                     cudaStream_t stream);
 

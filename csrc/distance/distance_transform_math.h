@@ -1,5 +1,5 @@
-// What host and device code of distance_transform share: modes and the choice of the arithmetic. Torch-free. Functions are
-// static: units for different instruction sets must not share one.
+// What host and device code of distance_transform share: modes and the choice of the arithmetic. Torch-free. Functions
+// are static: units for different instruction sets must not share one.
 #pragma once
 
 #include <cstdint>
