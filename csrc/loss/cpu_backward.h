@@ -73,7 +73,8 @@ class Backward : Probabilities<A> {
   A total_of_nll_ = A(0);
 
   // With p_t, h = p_t (of_pg + of_ppg p_t) of the label's class and k = w of_pos q + w sum(of_nll):
-  //   dz_c = p_c (of_p + of_pp p_c - D) - w of_nll + [c = t] (h - w of_pos q), D = sum_c p_c (of_p + of_pp p_c) + h - k.
+  //   dz_c = p_c (of_p + of_pp p_c - D) - w of_nll + [c = t] (h - w of_pos q),
+  //   D = sum_c p_c (of_p + of_pp p_c) + h - k.
   void label_softmax_backward(void* to) {
     softmax();
     const int64_t padded = stage_.padded, step = stage_.step;
@@ -139,13 +140,20 @@ class Backward : Probabilities<A> {
       A* row = stage_.row_of_result(to, in_.logits.type, c, exps_ + c * step);
       const V own = broadcast<A>(A(c)), a = broadcast<A>(of_p_[c]), b = broadcast<A>(of_pp_[c]);
       const V n = broadcast<A>(of_nll_[c]);
-      for (int64_t i = 0; i < padded; i += kLane) {
-        const V p = load(e + i);
-        V factor = load(shared_ + i);
-        if (in_.region) factor += a + b * p;
-        V dz = p * factor + (load(stage_.label + i) == own ? load(delta_ + i) : V{});
-        if (in_.smoothing) dz -= load(stage_.weight + i) * n;
-        store(row + i, dz);
+      const auto each = [&](const auto& put) {
+        for (int64_t i = 0; i < padded; i += kLane) {
+          const V p = load(e + i);
+          V factor = load(shared_ + i);
+          if (in_.region) factor += a + b * p;
+          V dz = p * factor + (load(stage_.label + i) == own ? load(delta_ + i) : V{});
+          if (in_.smoothing) dz -= load(stage_.weight + i) * n;
+          put(row + i, dz);
+        }
+      };
+      if (stage_.streams(row, e)) {
+        each([](A* at, V dz) { stream(at, dz); });
+      } else {
+        each([](A* at, V dz) { store(at, dz); });
       }
       stage_.write(row, to, in_.logits.type, c);
     }

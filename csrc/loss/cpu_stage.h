@@ -15,7 +15,7 @@ namespace PYSEG_TARGET {
 namespace {
 
 constexpr int64_t kUnitPixels = 8192;      // pixels of an image whose sums are added up before others join them
-constexpr int64_t kBlockBytes = 48 << 10;  // of a block's logits: the first-level cache, about
+constexpr int64_t kBlockBytes = 16 << 10;  // of a block's logits: the first-level cache has room for the next block too
 constexpr int64_t kMostPixels = 1024, kLeastPixels = 64;
 constexpr int64_t kCacheLine = 64;
 
@@ -139,16 +139,20 @@ class Stage {
   const A* load_logits_and_most(int64_t c, A* most) {
     constexpr Element kOwn = sizeof(A) == 8 ? Element::kDouble : Element::kFloat;
     A* row = logits + c * step;
-    const A* from = row;
     if (!in.logits.channels_last && in.logits.type == kOwn && padded == count) {
-      from = static_cast<const A*>(in.logits.data) + (image * in.classes + c) * in.pixels + first;
-      prefetch_next(from);
-    } else if (!in.logits.channels_last) {
-      load_logits(c);
+      const A* from = static_cast<const A*>(in.logits.data) + (image * in.classes + c) * in.pixels + first;
+      for (int64_t i = 0; i < padded; i += kLane) {
+        // The next block's run: the processor's own prefetchers give up where runs are this short.
+        __builtin_prefetch(from + step + i, 0, 3);
+        const V z = load(from + i), m = load(most + i);
+        store(row + i, z);
+        store(most + i, m < z ? z : m);
+      }
+      return row;
     }
+    if (!in.logits.channels_last) load_logits(c);
     for (int64_t i = 0; i < padded; i += kLane) {
-      const V z = load(from + i), m = load(most + i);
-      if (from != row) store(row + i, z);
+      const V z = load(row + i), m = load(most + i);
       store(most + i, m < z ? z : m);
     }
     return row;
@@ -222,6 +226,13 @@ class Stage {
   // stores. Results have the memory format of the logits.
   A* row_of_result(void* to, Element type, int64_t c, A* row) const {
     return in_place(type) ? static_cast<A*>(to) + (image * in.classes + c) * in.pixels + first : row;
+  }
+  // Whether the rows of a result go past the caches: those that are written in place, of results too large for these,
+  // where alignment allows. `scratch` is where a row is if it is not in place.
+  bool streams(const A* row, const A* scratch) const {
+    constexpr int64_t kLargest = int64_t{4} << 20;
+    return row != scratch && reinterpret_cast<uintptr_t>(row) % kVectorBytes == 0 &&
+           in.images * in.classes * in.pixels * int64_t(sizeof(A)) > kLargest;
   }
   void write(const A* row, void* to, Element type, int64_t c) const {
     if (in.logits.channels_last || in_place(type)) return;

@@ -5,7 +5,7 @@
 //   POS w g (1 - p)^gamma (-log p), NEG w (1 - g) p^gamma (-log(1 - p)), WG w g, W w, NLL w (-log p).
 // Their derivatives by z follow from two closed forms, with L = -log p:
 //   softmax   d[(1 - p_t)^gamma L_t] / dz_c = q (p_c - [c = t]),  q = (1 - p)^gamma + gamma p (1 - p)^(gamma - 1) L
-//   sigmoid   d[(1 - p)^gamma L] / dz = -(1 - p)^gamma (1 - p + gamma p L); NEG by exchanging p and 1 - p, with the sign
+//   sigmoid   d[(1 - p)^gamma L] / dz = -(1 - p)^gamma (1 - p + gamma p L); NEG with p and 1 - p exchanged, and the sign
 // (Lin et al. 2017, appendix; gamma = 0 is plain cross-entropy).
 #pragma once
 

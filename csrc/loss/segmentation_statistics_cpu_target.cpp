@@ -27,6 +27,7 @@ void each_unit(const SegmentationInput& in, const SegmentationRun& run, const F&
   for_each_part(run.workers, partials(in), [&](int64_t worker, int64_t first, int64_t last) {
     Kernel kernel(in, static_cast<char*>(run.workspace) + worker * bytes);
     for (int64_t unit = first; unit < last; ++unit) f(kernel, unit);
+    stream_fence();
     run.errors[worker] = kernel.error();
   });
 }

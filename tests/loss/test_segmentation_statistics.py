@@ -123,6 +123,14 @@ def test_many_pixels():
         check(logits, make_labels(shape, ignore=7), None, activation, 7, 1.5, *ALL)
 
 
+def test_large_gradient():
+    """Larger than 4 MB: rows are stored past the caches."""
+    shape = (1, 9, 352, 352)
+    logits, labels = make_logits(shape), make_labels(shape, ignore=255)
+    for flags in ((False, True, False), (True, False, True)):
+        check(logits, labels, None, "softmax", 255, 0.0, *flags)
+
+
 def test_label_dtypes(device):
     shape = (2, 2, 9, 8)
     logits = make_logits(shape)
