@@ -273,7 +273,6 @@ def _multiclass() -> tuple[Subject, ...]:
             lambda x, t: _dice(_sums_by_scatter(x, t)),
             lambda x, t: _dice(_sums(x, t)),
             {"MONAI": _monai("DiceLoss", **_SOFTMAX), "kornia": _kornia("dice_loss", average="macro", eps=SMOOTH)},
-            quick=(1, 2),
         ),
         Subject(
             "Dice over the batch",
@@ -353,7 +352,6 @@ def _binary() -> tuple[Subject, ...]:
                 "MONAI": _monai("FocalLoss"),
                 "kornia": _kornia("binary_focal_loss_with_logits", channel=True, alpha=None, reduction="mean"),
             },
-            quick=(1,),
         ),
         Subject(
             "Hausdorff by distances",
@@ -377,7 +375,6 @@ def _volume() -> tuple[Subject, ...]:
             lambda x, t: _dice(_sums_by_scatter(x, t)) + _entropy(x, t),
             dice_ce,
             {"MONAI": _monai("DiceCELoss", **_SOFTMAX)},
-            quick=(1,),
         ),
         Subject(
             "Hausdorff by distances",

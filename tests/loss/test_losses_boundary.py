@@ -209,6 +209,23 @@ def test_shape_aware(mode, ignore):
     torch.testing.assert_close(P.shape_aware_loss(wide, target, reduction="none", **arguments), map_(wide))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int32, torch.float32])
+def test_target_dtypes(dtype):
+    x, target = blobs((2, 1, 9, 8), "binary")
+    for loss in (P.hausdorff_dt_loss, P.boundary_loss, P.shape_aware_loss):
+        assert torch.equal(loss(x, target.to(dtype), mode="binary"), loss(x, target, mode="binary"))
+        assert torch.equal(loss(x, target.unsqueeze(1).to(dtype), mode="binary"), loss(x, target, mode="binary"))
+
+
+def test_labels_outside():
+    x, target = blobs((2, 3, 9, 8), "multiclass")
+    for bad in (3, -1):
+        with pytest.raises(
+            RuntimeError, match=rf"boundary_loss: target must be in \[0, 3\) or ignore_index, got {bad}"
+        ):
+            P.boundary_loss(x, target.masked_fill(target == 1, bad))
+
+
 def test_errors():
     x, target = blobs((2, 3, 9, 8), "multiclass")
     with pytest.raises(ValueError, match=r"hausdorff_dt_loss: spacing must have 2 values, got \[1.0\]"):

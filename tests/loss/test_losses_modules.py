@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,6 @@ import pyseg.functional as P
 import pyseg.nn as nn
 from pyseg.functional import losses as functions
 
-ROOT = Path(__file__).parents[2]
 MODULES = [name for name in nn.losses.__all__ if name != "SegmentationLoss"]
 BINARY = {"WeightedBCELoss", "BalancedCrossEntropyLoss", "LovaszHingeLoss"}
 COMPILED = ["CrossEntropyLoss", "TopKCrossEntropyLoss", "MCCLoss", "LovaszSoftmaxLoss", "DiceCELoss"]
@@ -194,7 +194,7 @@ def test_two_processes(tmp_path):
     arguments = [str(tmp_path / "rendezvous"), str(tmp_path / "out")]
     import pyseg
 
-    environment = {"PYTHONPATH": str(Path(pyseg.__file__).parents[1]), "PATH": "/usr/bin:/bin"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parents[1])}
     workers = [
         subprocess.Popen([*command, str(rank), *arguments], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)

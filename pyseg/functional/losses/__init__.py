@@ -28,8 +28,8 @@ there are 0. So all-ignored images and empty batches have loss 0 in region losse
 pixels.
 
 Labels outside [0, C) that are not ignore_index raise RuntimeError on the CPU; on CUDA, which is not synchronised, they
-make the loss NaN, or belong to no class in losses on boundaries. Wrong shapes and names raise RuntimeError or
-ValueError with argument, expected and got.
+make the loss NaN. In losses on boundaries they belong to no class there, and in compiled graphs. Wrong shapes and names
+raise RuntimeError or ValueError with argument, expected and got.
 
 The same bits come out in every run, on the CPU for any number of threads. Region, pixel and compound losses read the
 logits once forward and once backward, O(N C S), and hold no map: neither a softmax nor a one-hot target.
