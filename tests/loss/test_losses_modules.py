@@ -182,6 +182,7 @@ WORKER = """
             (value - expected).abs().item(), (gradient / 2 - wanted[part]).abs().max().item(), wanted.abs().max().item()
         )
     torch.save(results, f"{out}{rank}")
+    dist.barrier()  # gloo aborts a process whose peer leaves while its threads still answer
     dist.destroy_process_group()
 """
 
