@@ -79,6 +79,14 @@ inline Probability<A> sigmoid_of(Vec<A> z) {
   return {negative ? small : large, negative ? large : small, negative ? l - z : l, negative ? l : l + z};
 }
 
+// The same for those who need no logarithms.
+template <typename A>
+inline Probability<A> sigmoid_without_logs(Vec<A> z) {
+  const auto negative = z < Vec<A>{};
+  const Vec<A> e = exp_nonpositive(negative ? z : -z), large = A(1) / (A(1) + e), small = e * large;
+  return {negative ? small : large, negative ? large : small, Vec<A>{}, Vec<A>{}};
+}
+
 // Probabilities as they are.
 template <typename A>
 inline Probability<A> probability_of(Vec<A> p) {

@@ -131,22 +131,21 @@ class Probabilities {
 
   void elementwise_row(int64_t c) {
     const A* z = in_.logits.channels_last ? stage_.logits + c * stage_.step : stage_.load_logits(c);
-    const auto each = [&](const auto& activation) {
+    const auto each = [&](const auto& activation, bool logs) {
       for (int64_t i = 0; i < stage_.padded; i += kLane) {
         const Probability<A> p = activation(load(z + i));
         store(p_ + i, p.p);
         store(rest_ + i, p.rest);
+        if (!logs) continue;
         store(log_p_ + i, p.log_p);
         store(log_rest_ + i, p.log_rest);
       }
     };
-    if (in_.activation == Activation::kSigmoid) {
-      each([](V v) { return sigmoid_of<A>(v); });
-    } else if (in_.pixel || in_.smoothing) {
-      each([](V v) { return probability_of<A>(v); });
-    } else {
-      each([](V v) { return Probability<A>{v, v, v, v}; });
-    }
+    const bool logs = in_.pixel || in_.smoothing, sigmoid = in_.activation == Activation::kSigmoid;
+    if (sigmoid && logs) return each([](V v) { return sigmoid_of<A>(v); }, true);
+    if (sigmoid) return each([](V v) { return sigmoid_without_logs<A>(v); }, false);
+    if (logs) return each([](V v) { return probability_of<A>(v); }, true);
+    each([](V v) { return Probability<A>{v, v, v, v}; }, false);
   }
 };
 

@@ -10,6 +10,7 @@ namespace PYSEG_TARGET {
 namespace {
 
 constexpr int64_t kSumLanes = kLanes<double>;
+constexpr int64_t kComparedClasses = 32;  // up to which labels are compared with every class
 
 // Sums of one unit: [classes + 1, kStatistics, kSumLanes]; the last class takes what pixels that are left out add.
 class UnitSums {
@@ -114,35 +115,41 @@ class Statistics : Probabilities<A> {
         weights += w;
       }
     });
-    if (in_.region) {
-      for (int64_t i = 0; i < count; ++i) {
-        double* sum = sums_.at(stage_.index[i], 0) + i % kSumLanes;
-        const double p = p_[i];
-        sum[kPG * kSumLanes] += p;
-        sum[kG * kSumLanes] += 1;
-        sum[kGG * kSumLanes] += 1;
-        sum[kPPG * kSumLanes] += p * p;
-      }
-      for (int64_t c = 0; c < in_.classes; ++c) {
-        const A* e = exps_ + c * step;
-        V sum0{}, sum1{}, square0{}, square1{};
-        for (int64_t i = 0; i < padded; i += 2 * kLane) {
-          const V p0 = load(e + i) * load(scale_ + i), p1 = load(e + i + kLane) * load(scale_ + i + kLane);
-          sum0 += p0, sum1 += p1;
-          square0 += p0 * p0, square1 += p1 * p1;
+    if (in_.classes <= kComparedClasses) {
+      if (in_.region && in_.pixel) compare_labels<true, true>();
+      if (in_.region && !in_.pixel) compare_labels<true, false>();
+      if (!in_.region && in_.pixel) compare_labels<false, true>();
+    } else {
+      if (in_.region) {
+        for (int64_t i = 0; i < count; ++i) {
+          double* sum = sums_.at(stage_.index[i], 0) + i % kSumLanes;
+          const double p = p_[i];
+          sum[kPG * kSumLanes] += p;
+          sum[kG * kSumLanes] += 1;
+          sum[kGG * kSumLanes] += 1;
+          sum[kPPG * kSumLanes] += p * p;
         }
-        sums_.add(c, kP, sum0 + sum1);
-        sums_.add(c, kPP, square0 + square1);
+        for (int64_t c = 0; c < in_.classes; ++c) {
+          const A* e = exps_ + c * step;
+          V sum0{}, sum1{}, square0{}, square1{};
+          for (int64_t i = 0; i < padded; i += 2 * kLane) {
+            const V p0 = load(e + i) * load(scale_ + i), p1 = load(e + i + kLane) * load(scale_ + i + kLane);
+            sum0 += p0, sum1 += p1;
+            square0 += p0 * p0, square1 += p1 * p1;
+          }
+          sums_.add(c, kP, sum0 + sum1);
+          sums_.add(c, kPP, square0 + square1);
+        }
+      }
+      if (in_.pixel) {
+        for (int64_t i = 0; i < count; ++i) {
+          double* sum = sums_.at(stage_.index[i], 0) + i % kSumLanes;
+          sum[kPos * kSumLanes] += delta_[i];
+          sum[kWG * kSumLanes] += stage_.weight[i];
+        }
       }
     }
-    if (in_.pixel) {
-      for (int64_t i = 0; i < count; ++i) {
-        double* sum = sums_.at(stage_.index[i], 0) + i % kSumLanes;
-        sum[kPos * kSumLanes] += delta_[i];
-        sum[kWG * kSumLanes] += stage_.weight[i];
-      }
-      sums_.add(0, kW, weights);
-    }
+    if (in_.pixel) sums_.add(0, kW, weights);
     if (in_.smoothing) {
       for (int64_t c = 0; c < in_.classes; ++c) {
         const A* d = stage_.logits + c * step;
@@ -153,6 +160,44 @@ class Statistics : Probabilities<A> {
           sum += out ? V{} : term;
         }
         sums_.add(c, kNll, sum);
+      }
+    }
+  }
+
+  // What the label's class adds up, for few classes: a comparison for each class costs less than a step for each pixel.
+  template <bool kRegion, bool kPixel>
+  void compare_labels() {
+    const V one = broadcast<A>(A(1));
+    for (int64_t c = 0; c < in_.classes; ++c) {
+      const A* e = exps_ + c * stage_.step;
+      const V class_ = broadcast<A>(A(c));
+      V sum{}, square{}, own_sum{}, own_square{}, number{}, pos{}, weights{};
+      for (int64_t i = 0; i < stage_.padded; i += kLane) {
+        const auto own = load(stage_.label + i) == class_;
+        if constexpr (kRegion) {
+          const V p = load(e + i) * load(scale_ + i), own_p = own ? p : V{};
+          sum += p;
+          square += p * p;
+          own_sum += own_p;
+          own_square += own_p * own_p;
+          number += own ? one : V{};
+        }
+        if constexpr (kPixel) {
+          pos += own ? load(delta_ + i) : V{};
+          weights += own ? load(stage_.weight + i) : V{};
+        }
+      }
+      if constexpr (kRegion) {
+        sums_.add(c, kP, sum);
+        sums_.add(c, kPP, square);
+        sums_.add(c, kPG, own_sum);
+        sums_.add(c, kPPG, own_square);
+        sums_.add(c, kG, number);
+        sums_.add(c, kGG, number);
+      }
+      if constexpr (kPixel) {
+        sums_.add(c, kPos, pos);
+        sums_.add(c, kWG, weights);
       }
     }
   }
