@@ -309,21 +309,43 @@ class Stage {
 
   template <typename T>
   void labels_of(const T* from) {
+    constexpr int64_t n = kLanes<double>;
+    typedef int64_t Wide __attribute__((vector_size(kVectorBytes)));
+    typedef int32_t Index __attribute__((vector_size(kVectorBytes / 2)));
+    typedef T Narrow __attribute__((vector_size(n * sizeof(T))));
+    typedef A Label __attribute__((vector_size(n * sizeof(A))));
     const int64_t limit = label_limit(in), ignore = in.ignore;
-    const int has_ignore = in.has_ignore;
-    int ignored = count != padded, wrong = 0;
-    for (int64_t i = 0; i < count; ++i) {  // no branches: the compiler makes vectors of it
-      const int64_t l = from[i];
-      const int out = has_ignore & (l == ignore), unknown = (l < 0) | (l >= limit);
+    const Wide ignores = Wide{} - int64_t(in.has_ignore);
+    Wide wrong{}, ignored{};
+    int64_t i = 0;
+    for (; i + n <= count; i += n) {
+      Narrow narrow;
+      memcpy(&narrow, from + i, sizeof narrow);
+      const Wide l = __builtin_convertvector(narrow, Wide);
+      const Wide out = (l == ignore) & ignores, unknown = (l < 0) | (l >= limit);
       wrong |= unknown & ~out;
       ignored |= out;
-      index[i] = int32_t(out | unknown ? limit : l);
+      const Index at = __builtin_convertvector(out | unknown ? Wide{} + limit : l, Index);
+      const Label as_number = __builtin_convertvector(at, Label);
+      memcpy(index + i, &at, sizeof at);
+      memcpy(label + i, &as_number, sizeof as_number);
     }
-    for (int64_t i = count; i < padded; ++i) index[i] = int32_t(limit);
-    for (int64_t i = 0; i < padded; ++i) label[i] = A(index[i]);
-    all_count_ = !(ignored | wrong);
-    if (!wrong) return;
-    for (int64_t i = 0; i < count && !error.found; ++i) note(from[i], limit);
+    bool any_wrong = false, any_ignored = count != padded;
+    for (int lane = 0; lane < n; ++lane) {
+      any_wrong |= wrong[lane] != 0;
+      any_ignored |= ignored[lane] != 0;
+    }
+    for (; i < padded; ++i) {
+      const int64_t l = i < count ? int64_t(from[i]) : limit;
+      const bool out = i >= count || (in.has_ignore && l == ignore), unknown = l < 0 || l >= limit;
+      any_wrong |= unknown && !out;
+      any_ignored |= out;
+      index[i] = int32_t(out || unknown ? limit : l);
+      label[i] = A(index[i]);
+    }
+    all_count_ = !(any_ignored || any_wrong);
+    if (!any_wrong) return;
+    for (i = 0; i < count && !error.found; ++i) note(from[i], limit);
   }
 
   void note(int64_t value, int64_t limit) {
