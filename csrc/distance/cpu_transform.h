@@ -33,7 +33,11 @@ class Transform {
         scratch += g_bytes(a_);
         for (int64_t p = first; p < last; ++p) {
           rows(p, 0, a_.h, g, scratch);
-          columns(p, 0, strips(a_.w), g, scratch);
+          if (lacks_background(g)) {
+            fill(p);
+          } else {
+            columns(p, 0, strips(a_.w), g, scratch);
+          }
         }
       });
     } else {
@@ -83,6 +87,19 @@ class Transform {
   void rows(int64_t plane, int64_t first, int64_t last, G* g, void* scratch) const {
     RowPass<G> pass(a_, scratch);
     for (int64_t y = first; y < last; ++y) pass.run(plane * a_.h + y, g + y * row_stride(a_.w));
+  }
+
+  // Whether no element of a map of two axes is background: the long scans for it would find nothing. A row without
+  // source says so in each of its elements.
+  bool lacks_background(const G* g) const {
+    if (a_.dims == 3 || a_.indices != nullptr || distance::compares_labels(a_.mode)) return false;
+    for (int64_t y = 0; y < a_.h; ++y)
+      if (g[y * row_stride(a_.w)] != kNoSource<G>) return false;
+    return true;
+  }
+  void fill(int64_t plane) const {
+    Out* out = static_cast<Out*>(a_.output) + plane * plane_;
+    for (int64_t i = 0; i < plane_; ++i) out[i] = Out(__builtin_inf());
   }
 
   // Strips first .. last - 1 of a plane.

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -25,7 +26,7 @@ struct Grid {
 };
 
 inline Grid check_grid(const char* op, const char* name, const torch::stable::Tensor& t,
-                       const std::vector<double>& spacing) {
+                       const std::vector<double>& spacing, bool float64) {
   PYSEG_CHECK(spacing.size() == 2 || spacing.size() == 3, op,
               ": spacing must have an element for each of 2 or 3 axes, got ", spacing);
   for (const double s : spacing)
@@ -39,6 +40,17 @@ inline Grid check_grid(const char* op, const char* name, const torch::stable::Te
     grid.sizes[3 - dims + i] = t.size(t.dim() - dims + i);
     grid.spacing[3 - dims + i] = spacing[i];
   }
+  // Squares are computed in the type of the distances: none may vanish, none overflow.
+  const double least = float64 ? DBL_MIN : FLT_MIN, most = float64 ? DBL_MAX : FLT_MAX;
+  double farthest = 0;
+  bool fits = true;
+  for (int axis = 3 - dims; axis < 3; ++axis) {
+    const double step = grid.spacing[axis], extent = step * static_cast<double>(grid.sizes[axis]);
+    fits &= step * step >= least;
+    farthest += extent * extent;
+  }
+  PYSEG_CHECK(fits && farthest <= most, op, ": spacing must give squared distances in the range of ",
+              float64 ? "float64" : "float32", ", got ", spacing, " for sizes ", t.sizes());
   for (const int64_t size : grid.sizes)  // positions along an axis are 32-bit numbers in places
     PYSEG_CHECK(size < int64_t{1} << 30, op, ": sizes must be below 2^30, got ", t.sizes());
   return grid;

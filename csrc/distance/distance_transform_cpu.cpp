@@ -1,6 +1,4 @@
 // distance_transform and distance_to_two_nearest_objects on the CPU: workspace, threads, registration.
-#include "distance/distance_transform_cpu.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,8 +6,13 @@
 
 #include "common/cpu_capability.h"
 #include "distance/distance_transform_check.h"
+#include "distance/distance_transform_cpu_kernel.h"
 
-namespace pyseg {
+namespace pyseg::distance {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 const DistanceKernelTable& distance_kernel_table() {
 #if defined(PYSEG_X86_TARGETS)
@@ -21,12 +24,6 @@ const DistanceKernelTable& distance_kernel_table() {
 #endif
   return baseline::distance_kernels;
 }
-
-namespace distance {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr double kWorkPerElement = 8;  // in the multiply-adds that workers_for counts
 
@@ -49,7 +46,7 @@ struct Workspace {
 std::tuple<Tensor, Tensor> distance_transform(Tensor input, std::vector<double> spacing, std::string mode, bool squared,
                                               bool return_indices, bool float64) {
   const Mode checked_mode = check_mode(mode);
-  const Grid grid = check_grid(kTransform, "input", input, spacing);
+  const Grid grid = check_grid(kTransform, "input", input, spacing, float64);
   const bool labels = checked_mode == Mode::kLabels || checked_mode == Mode::kObjects;
   const Element element = check_element(kTransform, "input", input, labels);
   const Tensor x = torch::stable::contiguous(input);
@@ -80,7 +77,7 @@ std::tuple<Tensor, Tensor> distance_transform(Tensor input, std::vector<double> 
 
 std::tuple<Tensor, Tensor> distance_to_two_nearest_objects(Tensor labels, std::vector<double> spacing, bool squared,
                                                            bool float64) {
-  const Grid grid = check_grid(kTwoNearest, "labels", labels, spacing);
+  const Grid grid = check_grid(kTwoNearest, "labels", labels, spacing, float64);
   check_element(kTwoNearest, "labels", labels, true);
   const Tensor x = torch::stable::contiguous(torch::stable::to(labels, ScalarType::Int));
   Tensor first = new_distances(labels, float64), second = new_distances(labels, float64);
@@ -109,5 +106,4 @@ STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
   m.impl("distance_to_two_nearest_objects", TORCH_BOX(&distance_to_two_nearest_objects));
 }
 
-}  // namespace distance
-}  // namespace pyseg
+}  // namespace pyseg::distance

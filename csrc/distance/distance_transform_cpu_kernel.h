@@ -37,10 +37,6 @@ struct DistanceKernelTable {
   void (*transform)(const DistanceArgs&, void* workspace, const Workers&);
   int64_t (*two_nearest_workspace)(const TwoNearestArgs&, int64_t workers);
   void (*two_nearest)(const TwoNearestArgs&, void* workspace, const Workers&);
-  // For losses, on one thread: squared distance to the nearest element of the other value of a map of two values, which
-  // is [D, H, W] with spacing 1; infinity where there is none. workspace: other_value_workspace bytes.
-  int64_t (*other_value_workspace)(int64_t d, int64_t h, int64_t w);
-  void (*other_value)(const uint8_t* map, int64_t d, int64_t h, int64_t w, float* squared, void* workspace);
 };
 
 namespace baseline {

@@ -55,41 +55,13 @@ void two_nearest(const TwoNearestArgs& a, void* workspace, const Workers& worker
   with_types(a, [&]<typename T, typename Out>() { TwoNearest<T, Out>(a, workspace, workers).run(); });
 }
 
-DistanceArgs other_value_args(const uint8_t* map, int64_t d, int64_t h, int64_t w, float* squared) {
-  return {.input = map,
-          .element_bytes = 1,
-          .floating = false,
-          .mode = Mode::kLabels,
-          .dims = d == 1 ? 2 : 3,
-          .n = 1,
-          .d = d,
-          .h = h,
-          .w = w,
-          .spacing = {1, 1, 1},
-          .squared = true,
-          .float64 = false,
-          .output = squared,
-          .indices = nullptr};
-}
-
-int64_t other_value_workspace(int64_t d, int64_t h, int64_t w) {
-  return transform_workspace(other_value_args(nullptr, d, h, w, nullptr), 1);
-}
-
-void other_value(const uint8_t* map, int64_t d, int64_t h, int64_t w, float* squared, void* workspace) {
-  const Workers one{1, [](int64_t, void (*body)(void*, int64_t), void* context) { body(context, 0); }};
-  transform(other_value_args(map, d, h, w, squared), workspace, one);
-}
-
 }  // namespace
 
 extern const DistanceKernelTable distance_kernels;
 const DistanceKernelTable distance_kernels = {.transform_workspace = transform_workspace,
                                               .transform = transform,
                                               .two_nearest_workspace = two_nearest_workspace,
-                                              .two_nearest = two_nearest,
-                                              .other_value_workspace = other_value_workspace,
-                                              .other_value = other_value};
+                                              .two_nearest = two_nearest};
 
 }  // namespace PYSEG_TARGET
 }  // namespace pyseg

@@ -55,7 +55,7 @@ bool exact_roots(const Grid& g, Arithmetic arithmetic) {
 std::tuple<Tensor, Tensor> distance_transform(Tensor input, std::vector<double> spacing, std::string mode, bool squared,
                                               bool return_indices, bool float64) {
   const Mode checked_mode = check_mode(mode);
-  const Grid grid = check_grid(kTransform, "input", input, spacing);
+  const Grid grid = check_grid(kTransform, "input", input, spacing, float64);
   const bool labels = checked_mode == Mode::kLabels || checked_mode == Mode::kObjects;
   const Element element = check_element(kTransform, "input", input, labels);
   const Launches launches(kTransform, input);
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor> distance_transform(Tensor input, std::vector<double> 
 
 std::tuple<Tensor, Tensor> distance_to_two_nearest_objects(Tensor labels, std::vector<double> spacing, bool squared,
                                                            bool float64) {
-  const Grid grid = check_grid(kTwoNearest, "labels", labels, spacing);
+  const Grid grid = check_grid(kTwoNearest, "labels", labels, spacing, float64);
   check_element(kTwoNearest, "labels", labels, true);
   const Launches launches(kTwoNearest, labels);
   Tensor first = torch::stable::new_empty(labels, labels.sizes(), distance_type(float64));

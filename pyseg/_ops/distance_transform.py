@@ -3,6 +3,7 @@
 Neither has a gradient: distances are piecewise constant in a mask or a label map.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ def _check_grid(op: str, name: str, tensor: Tensor, spacing: list[float]) -> Non
     dims = len(spacing)
     torch._check(
         dims in (2, 3), lambda: f"{op}: spacing must have an element for each of 2 or 3 axes, got {list(spacing)}"
+    )
+    torch._check(
+        all(step > 0 and math.isfinite(step) for step in spacing),
+        lambda: f"{op}: spacing must be positive and finite, got {list(spacing)}",
     )
     shape = "[*, H, W]" if dims == 2 else "[*, D, H, W]"
     torch._check(
@@ -64,11 +69,14 @@ torch.library.register_fake(_TWO_NEAREST, _fake_two_nearest)
 
 
 def _transform_batched(info: Any, in_dims: tuple[Any, ...], input: Tensor, *arguments: Any) -> Any:
+    # The rank of one example: the batch of vmap must not pass for an axis of the image.
+    _check_grid("distance_transform", "input", input.select(in_dims[0], 0), arguments[0])
     distances, indices = _TRANSFORM(input.movedim(in_dims[0], 0), *arguments)
     return (distances, indices), (0, 0 if indices.dim() > 1 else None)
 
 
 def _two_nearest_batched(info: Any, in_dims: tuple[Any, ...], labels: Tensor, *arguments: Any) -> Any:
+    _check_grid("distance_to_two_nearest_objects", "labels", labels.select(in_dims[0], 0), arguments[0])
     return _TWO_NEAREST(labels.movedim(in_dims[0], 0), *arguments), (0, 0)
 
 

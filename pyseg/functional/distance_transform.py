@@ -82,7 +82,8 @@ def distance_transform(
     Distances are exact: squared ones are integers for spacing 1 (int32, or float64 above 2^29), converted once; with
     another spacing the arithmetic is that of `dtype`. On the CPU the same bits come out for every number of threads.
     Not differentiable: the result does not require gradients. Time is O(elements) for maps whose distances are short,
-    O(elements * log(longest axis)) for typical others; no synchronisation with the device.
+    O(elements * log(longest axis)) for typical others, on CUDA O(elements * distance), where a map without background
+    costs as much as the longest axis; no synchronisation with the device.
 
     Raises:
         RuntimeError: a shape, dtype, spacing or combination of options that does not fit.
