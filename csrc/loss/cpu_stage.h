@@ -318,6 +318,7 @@ class Stage {
     const Wide ignores = Wide{} - int64_t(in.has_ignore);
     Wide wrong{}, ignored{};
     int64_t i = 0;
+    prefetch_next(from);
     for (; i + n <= count; i += n) {
       Narrow narrow;
       memcpy(&narrow, from + i, sizeof narrow);
