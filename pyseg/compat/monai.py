@@ -105,7 +105,10 @@ def _target(input: Tensor, target: Tensor, to_onehot_y: bool, ignore_index: int 
         ignored = target[:, ignore_index : ignore_index + 1] == 1
     else:
         ignored = (target == 0).all(1, keepdim=True)
-    return target.to(torch.int16).masked_fill(ignored, _IGNORED), _IGNORED
+    labels = target.to(torch.int16)
+    if bool(((labels != target) & ~ignored).any()):
+        raise ValueError("target must hold integers with ignore_index, got other numbers")
+    return labels.masked_fill(ignored, _IGNORED), _IGNORED
 
 
 class DiceLoss(_Loss):

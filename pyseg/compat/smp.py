@@ -49,8 +49,17 @@ def _flat(y_pred: Tensor, y_true: Tensor, mode: str, ignore_index: int | None) -
     y_pred = y_pred.reshape(images, channels, -1)
     y_true = y_true.reshape(images, -1) if mode == MULTICLASS_MODE else y_true.reshape(images, channels, -1)
     if y_true.is_floating_point() and (ignore_index is not None or mode == MULTICLASS_MODE):
-        y_true = y_true.long()
+        y_true = _labels(y_true, ignore_index, mode)
     return y_pred, y_true
+
+
+def _labels(y_true: Tensor, ignore_index: int | None, mode: str) -> Tensor:
+    """Integers from a target of floats that holds integers; soft targets are refused, not cut off."""
+    labels = y_true.long()
+    if bool((labels != y_true).any()):
+        kept = "with ignore_index" if ignore_index is not None else f"in {mode} mode"
+        raise ValueError(f"y_true must hold integers {kept}, got other numbers")
+    return labels
 
 
 def _buffer(values: Any) -> Tensor | None:
@@ -266,7 +275,7 @@ class LovaszLoss(nn.Module):
         self.from_logits = from_logits  # as in smp, the input is taken for logits either way
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        labels = y_true.long() if y_true.is_floating_point() else y_true
+        labels = _labels(y_true, self.ignore_index, self.mode) if y_true.is_floating_point() else y_true
         images = labels.shape[0]
         if self.mode == MULTICLASS_MODE:
             y_pred, labels = _flat(y_pred, labels, self.mode, self.ignore_index)
@@ -353,6 +362,8 @@ class SoftCrossEntropyLoss(nn.Module):
             label_smoothing=self.smooth_factor or 0.0,
             reduction="none" if self.reduction == "none" else "sum",
         )
+        if self.reduction == "none":
+            return value.unsqueeze(self.dim)
         return value / max(y_true.numel(), 1) if self.reduction == "mean" else value
 
 

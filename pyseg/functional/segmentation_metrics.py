@@ -88,7 +88,8 @@ def frequency_weighted_iou(matrix: Tensor) -> Tensor:
     """
     tp, fp, fn, _ = _counts("frequency_weighted_iou", matrix)
     truth = tp + fn
-    weighted = truth * tp / (tp + fp + fn).clamp_min(1)  # a class without a pixel has truth = 0
+    union = tp + fp + fn
+    weighted = torch.where(union == 0, 0.0, truth * tp / union)
     return weighted.sum(-1) / truth.sum(-1)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,12 +73,16 @@ class ConfusionMatrix(nn.Module):
     def compute(self) -> Tensor:
         """The matrix [num_classes, num_classes] since the last `reset`: of all processes after `sync`, else of this."""
         matrix = self.matrix if self._of_all is None else self._of_all.to(self.matrix.device)
-        if matrix.is_cuda and bool((matrix < 0).any()):
+        if bool((matrix < 0).any()):
             raise RuntimeError(
                 f"confusion_matrix: target and prediction must be in [0, {self.num_classes}) or ignored, "
                 "got a label out of range in an update on CUDA"
             )
         return matrix.clone()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._of_all = None  # what was summed before is not what is loaded
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"

@@ -440,7 +440,7 @@ def test_no_gradient(device):
         (lambda x: distance_transform(x, 1e-25), "spacing must give squared distances in the range of float32"),
         (lambda x: distance_transform(x, 1e200, dtype=torch.float64), "in the range of float64"),
         (lambda x: distance_to_two_nearest_objects(x, 1e39), "in the range of float32"),
-        (lambda x: torch.vmap(lambda row: distance_transform(row, dims=2))(x), r"input must be \[\*, H, W\] for 2 axes"),
+        (lambda x: torch.vmap(lambda row: distance_transform(row, dims=2))(x), r"input must be \[\*, H, W\] for 2"),
         (lambda x: distance_transform(x, float("inf")), "spacing must be positive and finite"),
         (lambda x: distance_transform(x, (1.0,)), r"spacing must have an element for each of 2 or 3 axes, got \[1\]"),
         (lambda x: distance_transform(x, (1.0, 1.0), dims=3), r"spacing must have dims = 3 elements"),

@@ -65,7 +65,13 @@ class Problem(NamedTuple):
 
     def valid(self) -> Tensor | None:
         """Which pixels [N, *S], or elements [N, C, *S] for dense targets, are not ignored; None for all of them."""
-        return None if self.ignore_index is None else self.target != self.ignore_index
+        if self.ignore_index is None:
+            return None
+        if self.target.dtype != torch.bool:  # a number that the target cannot hold would be wrapped to one that it can
+            range_ = torch.iinfo(self.target.dtype)
+            if not range_.min <= self.ignore_index <= range_.max:
+                return None
+        return self.target != self.ignore_index
 
     def valid_elements(self) -> Tensor | None:
         """Which elements are not ignored, broadcasting against [N, C, *S]; None for all of them."""

@@ -255,7 +255,7 @@ def _target_weight(of: Problem, weight: Tensor) -> Tensor:
         return (of.target * of.channel(weight)).sum(1)
     valid = of.valid()
     labels = of.target.long() if valid is None else of.target.long().where(valid, 0)
-    return weight[labels]
+    return weight[labels.clamp(0, weight.shape[0] - 1)]  # the operator has reported labels outside the range
 
 
 def unified_focal_loss(

@@ -42,9 +42,9 @@ def _reduce_map(of: Problem, loss: Tensor, reduction: str, total: Tensor, group:
     """`total` is what a mean divides by."""
     if reduction == "none":
         return loss
-    value = loss.sum(dtype=torch.float64)
+    value = all_reduce(loss.sum(dtype=torch.float64), group)
     if reduction == "mean":
-        value = ratio(all_reduce(value, group), all_reduce(total, group), 0.0)
+        value = ratio(value, all_reduce(total, group), 0.0)
     return value.to(of.wide)
 
 
@@ -120,11 +120,19 @@ def class_map(of: Problem, weight: Tensor | None, gamma: float, label_smoothing:
     channels = of.logits.shape[1]
     positive = _map(of._replace(target=torch.ones_like(of.logits), ignore_index=None), None, gamma)
     if of.dense:
-        g = of.target.to(positive.dtype)
+        g, valid = of.target.to(positive.dtype), of.valid()
+        g = g if valid is None else g.masked_fill(~valid, 0.0)
     else:
+        _map(of)  # reports labels that are none
+        classes = torch.arange(channels, device=of.target.device)
+        g = (of.target.unsqueeze(1) == of.channel(classes)).to(positive.dtype)
         valid = of.valid()
-        labels = of.target.long() if valid is None else of.target.long().masked_fill(~valid, channels)
-        g = torch.nn.functional.one_hot(labels, channels + 1)[..., :channels].movedim(-1, 1).to(positive.dtype)
+        if valid is not None:
+            g = g.masked_fill(~valid.unsqueeze(1), 0.0)
+        if of.target.is_cuda:  # where the operator reports by NaN
+            wrong = (of.target < 0) | (of.target >= channels)
+            wrong = wrong if valid is None else wrong & valid
+            g = g.masked_fill(wrong.unsqueeze(1), float("nan"))
     g = g * (1 - label_smoothing) + label_smoothing / channels * g.sum(1, keepdim=True)
     return (positive * g * (1.0 if weight is None else of.channel(weight.to(g.dtype)))).sum(1)
 
@@ -346,7 +354,7 @@ def sigmoid_focal_loss(
     (p*(1 - g) + (1 - p)*g)^gamma for both terms.
     """
     shape = inputs.shape
-    flat, goal = (t.reshape(shape[0], 1, -1) if t.dim() > 1 else t.reshape(1, 1, -1) for t in (inputs, targets))
+    flat, goal = (t.flatten(1).unsqueeze(1) if t.dim() > 1 else t.reshape(1, 1, -1) for t in (inputs, targets))
     value = focal_loss(
         flat, goal, alpha=None if alpha < 0 else alpha, gamma=gamma, mode="multilabel", reduction=reduction
     )
@@ -430,6 +438,6 @@ def ohem_cross_entropy(
         if hardness.numel():
             number = min(max(min_kept, 1), hardness.numel())
             limit = torch.minimum(limit, hardness.flatten().topk(number).values[-1])
-        taken = hardness >= limit.clamp_min(0.0)
+        taken = (hardness >= limit.clamp_min(0.0)) | hardness.isnan()  # a loss that is NaN must not go unnoticed
     kept = torch.where(taken, loss, 0.0)
     return _reduce_map(of, kept, reduction, taken.sum(dtype=torch.float64), None)

@@ -44,9 +44,10 @@ class _Region(NamedTuple):
     reduction: str
     absent: str
     batch: bool
+    present: Tensor  # classes with target pixels, before label smoothing
 
     def reduce(self, loss: Tensor) -> Tensor:
-        present = None if self.absent == "include" else self.table.g > 0
+        present = None if self.absent == "include" else self.present
         return reduce_table(loss, self.of, self.reduction, self.weight, present, self.absent, self.batch)
 
 
@@ -60,8 +61,9 @@ def _region(
     within(loss, "label_smoothing", label_smoothing, 0.0, 1.0)
     chosen = chosen_classes(loss, input.shape[1], include_background, classes)
     table = statistics(of, region=True, count=count or label_smoothing > 0, batch=batch, group=group)
-    table = table.smoothed(label_smoothing, of.alternatives)
-    return _Region(of, table.select(chosen), class_weight(of, weight, chosen), reduction, absent, batch)
+    present = take(table.g > 0, chosen, 1)
+    table = table.smoothed(label_smoothing, of.alternatives).select(chosen)
+    return _Region(of, table, class_weight(of, weight, chosen), reduction, absent, batch, present)
 
 
 def class_weight(of: Problem, weight: Weight, chosen: list[int] | None) -> Tensor | None:
@@ -178,13 +180,13 @@ def generalized_dice_loss(
     table = of.table
     weight = torch.ones_like(table.g)
     if w_type != "uniform":
-        present = table.g > 0
+        present = of.present
         inverse = 1 / torch.where(present, table.g, 1.0)
         weight = torch.where(present, inverse * inverse if w_type == "square" else inverse, 0.0)
         if absent == "include":
             weight = torch.where(present, weight, weight.amax(1, keepdim=True))
     elif absent != "include":
-        weight = (table.g > 0).to(weight.dtype)
+        weight = of.present.to(weight.dtype)
     loss = 1 - score(2 * (weight * table.pg).sum(1), (weight * (table.p + table.g)).sum(1), smooth)
     result = reduce_table(loss.unsqueeze(1), of.of, reduction)
     return result.squeeze(1) if reduction == "none" else result
@@ -375,7 +377,8 @@ def _present(of: Problem, batch: bool) -> Tensor:
     valid = of.valid()
     if of.dense or channels == 1:
         target = of.target if of.dense else of.target.unsqueeze(1)
-        positive = target > 0 if valid is None else (target > 0) & valid.view_as(target)
+        positive = target >= 0.5 if target.is_floating_point() else target > 0  # as the operator takes them
+        positive = positive if valid is None else positive & valid.view_as(target)
         present = positive.flatten(2).any(2)
     else:
         labels = of.target.flatten(1).long()
@@ -390,8 +393,10 @@ def _lovasz(
     of: Problem, activation: str, weight: Weight, absent: str, chosen: list[int] | None, reduction: str, batch: bool
 ) -> Tensor:
     check_reduction(of.loss, reduction, absent)
-    # Keeps the gradient with respect to the probabilities for its backward.
-    loss, _ = torch.ops.pyseg.lovasz_statistics(of.logits, of.target, activation, of.ignore_index, not batch)
+    # Keeps the gradient with respect to the probabilities for its backward: in float16 it would vanish before a loss
+    # scale can save it.
+    logits = of.logits.float() if of.logits.dtype == torch.float16 else of.logits
+    loss, _ = torch.ops.pyseg.lovasz_statistics(logits, of.target, activation, of.ignore_index, not batch)
     present = None if absent == "include" else _present(of, batch)
     loss, present = take(loss, chosen, 1), None if present is None else take(present, chosen, 1)
     return reduce_table(loss, of, reduction, class_weight(of, weight, chosen), present, absent, batch)

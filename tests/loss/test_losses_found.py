@@ -1,0 +1,85 @@
+"""Defects that a review of the losses found, each with the case that showed it."""
+
+import pytest
+import torch
+
+import pyseg.functional as P
+
+
+def test_lovasz_in_half_keeps_its_gradients():
+    """Slopes of a large map are smaller than float16 has numbers for, until a loss scale multiplies them."""
+    z, target = torch.ones(1, 1, 512, 512), torch.zeros(1, 512, 512, dtype=torch.long)
+    target[:, :10, :10] = 1
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        x = z.to(dtype).requires_grad_()
+        (P.lovasz_hinge_loss(x, target) * 65536).backward()
+        gradients.append(x.grad)
+    assert (gradients[0] == 0).sum() <= (gradients[1] == 0).sum()
+    torch.testing.assert_close(gradients[0].float(), gradients[1], rtol=2e-3, atol=1e-6)
+
+
+def test_ohem_takes_pixels_that_are_nan():
+    logits, target = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.long)
+    logits[..., 1, 1] = torch.nan
+    assert P.ohem_cross_entropy(logits, target, min_kept=4).isnan()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_map_of_probabilities_leaves_ignored_pixels_out(dense):
+    p = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).softmax(1)
+    labels = torch.randint(0, 3, (2, 4, 5), generator=torch.Generator().manual_seed(1))
+    target = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).clone() if dense else labels.clone()
+    target[0, ..., 0] = 255
+    arguments = {"from_logits": False, "ignore_index": 255}
+    loss = P.cross_entropy(p, target, reduction="none", **arguments)
+    assert (loss[0, :, 0] == 0).all()
+    torch.testing.assert_close(loss.sum(), P.cross_entropy(p, target, reduction="sum", **arguments))
+
+
+def test_map_of_probabilities_checks_labels():
+    p, target = torch.full((1, 2, 2, 2), 0.5), torch.full((1, 2, 2), 2)
+    with pytest.raises(RuntimeError, match="2"):
+        P.cross_entropy(p, target, from_logits=False, reduction="none")
+
+
+def test_label_smoothing_knows_absent_classes():
+    logits = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros(1, 6, 6, dtype=torch.long)
+    target[:, :3] = 1
+    for loss in (P.dice_loss, P.generalized_dice_loss):
+        for absent in ("zero", "skip"):
+            exact = loss(logits, target, absent=absent)
+            smoothed = loss(logits, target, absent=absent, label_smoothing=1e-7)
+            torch.testing.assert_close(smoothed, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_batch_of_boxes():
+    loss = P.sigmoid_focal_loss(torch.zeros(0, 80), torch.zeros(0, 80), reduction="sum")
+    assert loss == 0
+
+
+def test_ignore_index_that_the_labels_cannot_hold():
+    """-100 is 156 as an 8-bit number."""
+    logits = torch.randn(1, 200, 2, 2, generator=torch.Generator().manual_seed(0))
+    target = torch.full((1, 2, 2), 156, dtype=torch.uint8)
+    losses = [P.ohem_cross_entropy(logits, t, reduction="none") for t in (target, target.long())]
+    assert torch.equal(*losses)
+    assert (losses[0] > 0).all()
+
+
+def test_lovasz_takes_soft_targets_from_a_half_on():
+    logits = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    soft = torch.full((1, 1, 4, 4), 0.3)
+    assert P.lovasz_softmax_loss(logits, soft, mode="binary", absent="skip") == P.lovasz_softmax_loss(
+        logits, torch.zeros_like(soft), mode="binary", absent="skip"
+    )
+
+
+def test_smp_refuses_soft_targets_that_it_would_cut_off():
+    from pyseg.compat import smp
+
+    logits, soft = torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 0.5)
+    for loss in (smp.DiceLoss("binary", ignore_index=255), smp.LovaszLoss("binary")):
+        with pytest.raises(ValueError, match="must hold integers"):
+            loss(logits, soft)
