@@ -19,7 +19,7 @@ from harness import Case, Contender, Prepared, Workload
 BASELINE = "torch"
 TOLERANCE = 3e-4  # kornia sums in float32
 FAMILY_NOTES = {  # measured reasons, by the summary's row
-    "Dice, binary": "torch.compile fuses each pass into one loop; ours goes the general way of any classes and targets, "
+    "Dice, binary": "torch.compile fuses each pass into one loop; ours goes the general way of any classes, "
     "in several passes over a block in the first-level cache; reading 64-bit labels is a third of its time",
     "Lovasz, multiclass": "most is a radix sort of 22 million records; a plane of the batch leaves the second-level "
     "cache",
