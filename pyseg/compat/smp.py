@@ -221,13 +221,19 @@ class FocalLoss(nn.Module):
         of = problem("FocalLoss", y_pred, y_true, "multilabel", True, self.ignore_index)
         positive, negative = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
         special = self.normalized or self.reduced_threshold is not None
-        if special or (self.reduction == "none" and self.mode == BINARY_MODE):
+        if self.reduction == "none" and self.mode == BINARY_MODE:
             if special:
-                values, counts = self._special(of, positive, negative)
+                loss, factor, _ = self._special(of, positive, negative)
+                loss = loss / factor.sum().clamp_min(1e-6) if self.normalized else loss
             else:
-                loss = element_map(of, positive, negative, self.gamma).flatten()
-                valid = of.valid_elements()
-                return loss if valid is None else loss[valid.flatten()]
+                loss = element_map(of, positive, negative, self.gamma)
+            valid = of.valid_elements()
+            return (loss.flatten() if valid is None else loss.flatten()[valid.flatten()]).to(of.wide)
+        if special:
+            loss, factor, counted = self._special(of, positive, negative)
+            values, counts = loss.sum((0, 2)), counted.sum((0, 2))
+            if self.normalized:
+                values = values / factor.sum((0, 2)).clamp_min(1e-6)
         else:
             table = statistics(of, pixel=True, gamma=self.gamma, batch=True)
             values, counts = (positive * table.pos + negative * table.neg).squeeze(0), table.w.squeeze(0)
@@ -237,8 +243,8 @@ class FocalLoss(nn.Module):
         weights = self.class_weights.to(classes)
         return ((classes * weights).sum() / weights.sum()).to(of.wide)
 
-    def _special(self, of: Any, positive: float, negative: float) -> tuple[Tensor, Tensor]:
-        """Reduced and normalised focal losses from the map of the cross-entropy, sums and counts for each class."""
+    def _special(self, of: Any, positive: float, negative: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps of the reduced or normalised focal loss, of its factor and of what counts, 0 where ignored."""
         entropy = element_map(of, 1.0, 1.0)
         factor = 1 - torch.exp(-entropy)
         if self.reduced_threshold is None:
@@ -254,11 +260,8 @@ class FocalLoss(nn.Module):
             else of.target.unsqueeze(1) == of.channel(torch.arange(of.logits.shape[1]).to(of.target))
         )
         g = g.to(entropy.dtype)
-        loss = factor * entropy * (positive * g + negative * (1 - g)) * counted
-        sums, counts = loss.sum((0, 2)), counted.sum((0, 2))
-        if self.normalized:
-            sums = sums / (factor * counted).sum((0, 2)).clamp_min(1e-6)
-        return sums, counts
+        factor = factor * counted
+        return factor * entropy * (positive * g + negative * (1 - g)), factor, counted
 
 
 class LovaszLoss(nn.Module):
@@ -306,7 +309,8 @@ class SoftBCEWithLogitsLoss(nn.Module):
         self.pos_weight: Tensor | None
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        images, elements = y_pred.shape[0], y_pred.numel()
+        elements = y_pred.numel()
+        rows = (y_pred.shape[0], 1, elements // max(y_pred.shape[0], 1))  # -1 has no meaning for an empty batch
         valid = None
         target = y_true
         if self.ignore_index is not None:
@@ -317,20 +321,20 @@ class SoftBCEWithLogitsLoss(nn.Module):
             target = (1 - target) * self.smooth_factor + target * (1 - self.smooth_factor)
         of = problem(
             "SoftBCEWithLogitsLoss",
-            y_pred.reshape(images, 1, -1),
-            target.reshape(images, 1, -1),
+            y_pred.reshape(rows),
+            target.reshape(rows),
             BINARY_MODE,
             True,
             None,
         )
         if self.reduction != "none" and self.weight is None and self.pos_weight is None:
-            counted = None if valid is None else valid.reshape(images, -1).to(of.wide)
+            counted = None if valid is None else valid.reshape(rows[0], rows[2]).to(of.wide)
             table = statistics(of, pixel=True, pixel_weight=counted)
             value = (table.pos + table.neg).sum()
             return (value / elements if self.reduction == "mean" else value).to(of.wide)
         positive: Any = 1.0
         if self.pos_weight is not None:
-            positive = self.pos_weight.to(target.dtype).expand_as(y_pred).reshape(images, 1, -1)
+            positive = self.pos_weight.to(target.dtype).expand_as(y_pred).reshape(rows)
         loss = element_map(of, positive, 1.0).view(y_pred.shape)
         loss = loss if self.weight is None else loss * self.weight
         loss = loss if valid is None else loss * valid.view(y_pred.shape)

@@ -83,3 +83,31 @@ def test_smp_refuses_soft_targets_that_it_would_cut_off():
     for loss in (smp.DiceLoss("binary", ignore_index=255), smp.LovaszLoss("binary")):
         with pytest.raises(ValueError, match="must hold integers"):
             loss(logits, soft)
+
+
+@pytest.mark.parametrize("special", [{"normalized": True}, {"reduced_threshold": 0.5}])
+def test_smp_focal_loss_keeps_its_map(special):
+    from pyseg.compat import smp
+
+    logits = torch.randn(2, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    target = (logits > 0.3).long()
+    target[0, 0, 0] = 255
+    of_map, of_mean = (
+        smp.FocalLoss("binary", alpha=0.25, ignore_index=255, reduction=reduction, **special)(logits, target)
+        for reduction in ("none", "mean")
+    )
+    assert of_map.shape == (35,)
+    torch.testing.assert_close(of_map.mean(), of_mean)
+
+
+def test_smp_binary_cross_entropy_of_an_empty_batch():
+    from pyseg.compat import smp
+
+    empty = torch.zeros(0, 1, 4, 4)
+    assert smp.SoftBCEWithLogitsLoss(reduction="sum")(empty, empty) == 0
+    assert smp.SoftBCEWithLogitsLoss(reduction="none")(empty, empty).shape == empty.shape
+
+
+def test_label_smoothing_checks_labels():
+    with pytest.raises(RuntimeError, match="7"):
+        P.weighted_binary_cross_entropy(torch.zeros(1, 1, 2, 2), torch.full((1, 2, 2), 7), label_smoothing=0.1)

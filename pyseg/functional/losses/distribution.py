@@ -177,6 +177,8 @@ def element_map(of: Problem, positive: Any, negative: Any, gamma: float = 0.0, l
     if not soft:
         loss = _map(of, None, gamma)
         return loss * torch.where(one_hot(of), positive, negative).to(loss.dtype)
+    if not of.target.is_floating_point() and not of.target.is_cuda:
+        _map(of)  # reports labels that are none
     # The map is linear in g: two of them, for g = 1 and g = 0, allow any weights.
     hard = of._replace(ignore_index=None)
     ones = _map(hard._replace(target=torch.ones_like(of.logits)), None, gamma)
