@@ -1,6 +1,7 @@
 // The CPU kernels of the operators on segmentation maps for one instruction set: compiled once per target, PYSEG_TARGET
 // is its name.
 #include "loss/cpu_backward.h"
+#include "loss/cpu_binary.h"
 #include "loss/cpu_pixel_loss.h"
 #include "loss/cpu_statistics.h"
 #include "loss/segmentation_cpu_kernel.h"
@@ -11,7 +12,9 @@ namespace {
 
 template <typename A>
 int64_t worker_bytes(const SegmentationInput& in) {
-  return larger(larger(Statistics<A>::workspace(in), Backward<A>::workspace(in)), PixelLoss<A>::workspace(in));
+  const int64_t general = larger(Statistics<A>::workspace(in), Backward<A>::workspace(in));
+  const int64_t binary = larger(BinaryStatistics<A>::workspace(in), BinaryBackward<A>::workspace(in));
+  return larger(larger(general, binary), PixelLoss<A>::workspace(in));
 }
 
 int64_t workspace(const SegmentationInput& in, int64_t workers) {
@@ -35,7 +38,12 @@ void each_unit(const SegmentationInput& in, const SegmentationRun& run, const F&
 template <typename A>
 void statistics_as(const SegmentationInput& in, double* partial, double* statistics, const SegmentationRun& run) {
   const int64_t row = in.classes * kStatistics, units = units_of_image(in);
-  each_unit<Statistics<A>>(in, run, [&](auto& kernel, int64_t unit) { kernel.run(unit, partial + unit * row); });
+  const auto add = [&](auto& kernel, int64_t unit) { kernel.run(unit, partial + unit * row); };
+  if (has_binary_labels(in)) {
+    each_unit<BinaryStatistics<A>>(in, run, add);
+  } else {
+    each_unit<Statistics<A>>(in, run, add);
+  }
   for (int64_t image = 0; image < in.images; ++image)
     for (int64_t i = 0; i < row; ++i) {
       double total = 0;
@@ -52,9 +60,14 @@ void statistics(const SegmentationInput& in, double* partial, double* statistics
 template <typename A>
 void backward_as(const SegmentationInput& in, const double* grad, int64_t grad_stride, void* to,
                  const SegmentationRun& run) {
-  each_unit<Backward<A>>(in, run, [&](auto& kernel, int64_t unit) {
+  const auto write = [&](auto& kernel, int64_t unit) {
     kernel.run(unit, grad + unit / units_of_image(in) * grad_stride, to);
-  });
+  };
+  if (has_binary_labels(in)) {
+    each_unit<BinaryBackward<A>>(in, run, write);
+  } else {
+    each_unit<Backward<A>>(in, run, write);
+  }
 }
 
 void backward(const SegmentationInput& in, const double* grad, int64_t grad_stride, void* to,

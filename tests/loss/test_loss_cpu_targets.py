@@ -18,6 +18,9 @@ assert pyseg._loader._C.cpu_capability() == {capability!r}
 test_segmentation_statistics.test_vectorised_logarithm()
 test_segmentation_statistics.test_vectorised_exponential()
 test_segmentation_statistics.test_large_gradient()
+test_segmentation_statistics.test_binary_labels_out_of_range()
+for gamma, flags in zip((0.0, 2.0, 0.5), test_segmentation_statistics.FLAGS):
+    test_segmentation_statistics.test_binary_labels_of_many_pixels(gamma, flags)
 for dtype in DTYPES:
     for activation in ("softmax", "sigmoid", "none"):
         for layout in ("contiguous", "channels_last"):
@@ -26,6 +29,8 @@ for dtype in DTYPES:
             for gamma in (0.0, 1.5):
                 test_segmentation_statistics.check(logits, labels, None, activation, 9, gamma, True, True, True)
                 test_pixel_cross_entropy.check(logits, dense, None, activation, None, gamma, 0.0)
+    for label_dtype in (torch.uint8, torch.int64):
+        test_segmentation_statistics.test_binary_labels("cpu", dtype, label_dtype)
     logits = test_lovasz_statistics.distinct_logits((2, 3, 5, 8), dtype)
     test_lovasz_statistics.check(logits, make_labels(logits.shape), "hinge", None, False)
 """

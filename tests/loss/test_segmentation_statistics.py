@@ -148,6 +148,71 @@ def test_binary(device):
     assert torch.equal(statistics(logits.to(device), labels.to(device), None, "sigmoid", 255, 2.0, *ALL), dense)
 
 
+FLAGS = [(True, False, False), (False, True, False), (True, True, False)]
+
+
+@pytest.mark.parametrize("label_dtype", [*LABEL_DTYPES, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_binary_labels(device, dtype, label_dtype):
+    """What one channel with labels and no weights adds up, around the sizes of vectors."""
+    for pixels, flags in zip((1, 16, 37), FLAGS, strict=True):
+        shape = (2, 1, pixels)
+        for ignore in (None,) if label_dtype == torch.bool else (None, 100, 0, 1):
+            labels = make_labels(shape, "sigmoid", label_dtype, ignore)
+            check(make_logits(shape, dtype), labels, None, "sigmoid", ignore, 2.0, *flags, device=device)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 0.5])
+def test_binary_labels_of_many_pixels(gamma, flags):
+    """Blocks and units that end in the middle of a vector; strided logits; results in the caches and past them."""
+    for shape, layout in (
+        ((2, 1, 9001), "contiguous"),
+        ((2, 1, 131, 67), "strided"),
+        ((1, 1, 1088, 1024), "contiguous"),
+    ):
+        if gamma and shape[-1] == 1024:
+            continue
+        for ignore in (None, 255):
+            logits = make_logits(shape, layout=layout)
+            check(logits, make_labels(shape, "sigmoid", ignore=ignore), None, "sigmoid", ignore, gamma, *flags)
+
+
+def test_binary_labels_out_of_range():
+    """int64 labels are looked at in full: neither the low word of one nor what stands for ignored pixels passes."""
+    logits = make_logits((2, 1, 9000))
+    for wrong in (2, -1, 2**32, 2**32 + 1, -(2**63)):
+        for at in (0, 8999):
+            labels = make_labels(logits.shape, "sigmoid")
+            labels[1, at] = wrong
+            for flags in FLAGS:
+                for ignore in (None, 255):
+                    with pytest.raises(RuntimeError, match=f"labels from 0 to 1.*, got {wrong}$"):
+                        statistics(logits, labels, None, "sigmoid", ignore, 0.0, *flags)
+                check(logits, labels, None, "sigmoid", wrong, 0.0, *flags)
+            grad = torch.ones(2, 1, 11, dtype=torch.float64)
+            backward = torch.ops.pyseg._segmentation_statistics_backward
+            with pytest.raises(RuntimeError, match=f"labels from 0 to 1, got {wrong}$"):
+                backward(grad, logits, labels, None, "sigmoid", None, 0.0, *FLAGS[0])
+
+
+def test_binary_labels_with_special_logits(device):
+    """Infinite logits have probabilities 0 and 1; NaN reaches the sums of its own image, unless it is ignored."""
+    logits = make_logits((3, 1, 40))
+    logits[0, 0, :2] = torch.tensor([float("inf"), float("-inf")])
+    logits[1, 0, 5] = logits[2, 0, 5] = float("nan")
+    labels = make_labels(logits.shape, "sigmoid", ignore=255)
+    labels[0, :2], labels[1, 5], labels[2, 5] = torch.tensor([1, 0]), 255, 0
+    z = logits.to(device).requires_grad_()
+    got = statistics(z, labels.to(device), None, "sigmoid", 255, 2.0, *FLAGS[2])
+    (grad,) = torch.autograd.grad(got[..., :10].sum(), z)
+    assert got[:2].isfinite().all()
+    assert got[2, 0, 1].isnan()
+    assert grad[:2].isfinite().all()
+    assert grad[1, 0, 5] == 0
+    assert grad[2, 0].isnan().nonzero().flatten().tolist() == [5]
+
+
 def test_everything_ignored(device):
     logits = make_logits((2, 4, 5, 6)).to(device).requires_grad_()
     labels = torch.full((2, 5, 6), 255, dtype=torch.uint8, device=device)
@@ -244,9 +309,12 @@ def test_same_bits_for_any_number_of_threads(layout):
                 arguments = (None, activation, 255, 2.0, *ALL)
                 results.append(statistics(logits, labels, *arguments))
                 results.append(torch.ops.pyseg._segmentation_statistics_backward(grad, logits, labels, *arguments))
+            binary = logits[:, :1].contiguous(), labels.clamp_max(1), None, "sigmoid", None, 2.0, True, True, False
+            results.append(statistics(*binary))
+            results.append(torch.ops.pyseg._segmentation_statistics_backward(grad[:, :1], *binary))
     finally:
         torch.set_num_threads(before)
-    for first, other in zip(results[:4] * 2, results[4:], strict=True):
+    for first, other in zip(results[:6] * 2, results[6:], strict=True):
         assert torch.equal(first, other)
 
 
