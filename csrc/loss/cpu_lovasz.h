@@ -110,7 +110,7 @@ class Lovasz {
     A* plane = reinterpret_cast<A*>(other_);  // a record is at least as large
     const double loss = slopes(plane);
     for (int64_t image = 0; image < images_; ++image)
-      stage_.write_plane(plane + image * in_.pixels, to, in_.logits.type, first + image, c);
+      stage_.write_plane(plane + image * in_.pixels, static_cast<A*>(to), first + image, c);
     return loss;
   }
 

@@ -242,13 +242,13 @@ class Stage {
     });
   }
   // All pixels of an image's class, in either memory format.
-  void write_plane(const A* plane, void* to, Element type, int64_t image_, int64_t c) const {
-    with_type(type, [&](auto pointer) {
-      using T = typename Pointee<decltype(pointer)>::Type;
-      T* target = static_cast<T*>(to) + image_ * in.classes * in.pixels;
-      if (!in.logits.channels_last) return narrow_run(plane, target + c * in.pixels, in.pixels);
-      for (int64_t i = 0; i < in.pixels; ++i) target[i * in.classes + c] = narrowed<T>(plane[i]);
-    });
+  void write_plane(const A* plane, A* to, int64_t image_, int64_t c) const {
+    A* target = to + image_ * in.classes * in.pixels;
+    if (in.logits.channels_last) {
+      for (int64_t i = 0; i < in.pixels; ++i) target[i * in.classes + c] = plane[i];
+    } else {
+      memcpy(target + c * in.pixels, plane, in.pixels * sizeof(A));
+    }
   }
   // After the last row: all rows, [classes, step], of a channels-last result.
   void write_all(const A* rows, void* to, Element type) const {

@@ -9,7 +9,8 @@ struct LovaszKernels {
   // Bytes of workspace: two numbers a pixel for softmax, and for each worker two records an element of a plane.
   int64_t (*workspace)(const SegmentationInput&, bool per_image, int64_t workers);
   // loss: [images or 1, classes]; to: the gradient of each loss with respect to its plane of p (hinge: of the logits),
-  // like the logits. hinge: margins of the logits instead of |g - p|; the activation is then kNone.
+  // in the logits' memory format, double for such logits, else float. hinge: margins of the logits instead of |g - p|;
+  // the activation is then kNone.
   void (*run)(const SegmentationInput&, bool per_image, bool hinge, double* loss, void* to, const SegmentationRun&);
 };
 

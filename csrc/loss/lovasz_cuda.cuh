@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kLovaszThreads)
     const int64_t i = item & kPixelMask, image = plane.first + i / a.pixels, pixel = i % a.pixels;
     const int64_t index = a.channels_last ? (image * a.pixels + pixel) * a.classes + plane.c
                                           : (image * a.classes + plane.c) * a.pixels + pixel;
-    static_cast<T*>(a.to)[index] = narrow<T>(item & kFalling ? -slope : slope);
+    static_cast<A*>(a.to)[index] = item & kFalling ? -slope : slope;
   }
   loss = warp_sum(loss);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = loss;

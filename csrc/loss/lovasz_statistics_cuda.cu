@@ -29,11 +29,11 @@ std::tuple<Tensor, Tensor> lovasz_statistics(Tensor logits, Tensor target, std::
   PYSEG_CHECK(elements < int64_t{1} << 30, kOp, ": a class must have fewer than 2^30 pixels, got logits ",
               logits.sizes());
   const CudaLaunches launches(kOp, logits);
-  const Tensor grad = new_like(logits, a.channels_last);
+  const ScalarType number = slopes_dtype(logits);
+  const Tensor grad = new_like(logits, a.channels_last, number);
   if (grad.numel() == 0) return {torch::stable::new_zeros(logits, {groups, a.classes}, ScalarType::Double), grad};
   const Tensor loss = torch::stable::new_empty(logits, {groups, a.classes}, ScalarType::Double);
   const bool wide = a.logits_type == Element::kDouble;
-  const ScalarType number = wide ? ScalarType::Double : ScalarType::Float;
   const int64_t blocks = lovasz_blocks(elements);
 
   // 1. Memory.

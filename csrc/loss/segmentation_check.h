@@ -184,6 +184,14 @@ inline torch::stable::Tensor new_pixel_loss(const torch::stable::Tensor& logits,
   return torch::stable::new_empty(logits, sizes_of_pixels(logits), dtype);
 }
 
+// --- lovasz_statistics
+
+// The dtype of grad_p: slopes of a large class are smaller than float16 has numbers for.
+inline torch::headeronly::ScalarType slopes_dtype(const torch::stable::Tensor& logits) {
+  using torch::headeronly::ScalarType;
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // --- _activation_vjp
 
 constexpr const char* kVjp = "_activation_vjp";

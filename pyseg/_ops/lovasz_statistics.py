@@ -2,8 +2,8 @@
 
 The operator returns each class's loss and that loss's gradient with respect to its p = activation(logits) (hinge: to
 the logits), both computed from one sort. The gradient of a combination of losses is then `_activation_vjp`, which takes
-the factors of the classes for a scale. Autocast changes nothing: 16-bit logits are read as they are, with errors in
-float32.
+the factors of the classes for a scale. Autocast changes nothing: 16-bit logits are read as they are, with errors and
+the gradient in float32: in float16 most of it would vanish before a loss scale can save it.
 """
 
 from typing import Any
@@ -23,7 +23,8 @@ def _fake(
     check_logits("lovasz_statistics", logits, "none" if activation == "hinge" else activation)
     check_target("lovasz_statistics", target, logits)
     groups = logits.shape[0] if per_image else 1
-    return logits.new_empty((groups, logits.shape[1]), dtype=torch.float64), empty_like_logits(logits)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty((groups, logits.shape[1]), dtype=torch.float64), empty_like_logits(logits, wide)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

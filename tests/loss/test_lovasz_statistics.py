@@ -29,7 +29,7 @@ def check(logits, target, *arguments, device="cpu"):
     z = logits.to(device).detach().requires_grad_()
     got, grad_p = lovasz(z, target.to(device), *arguments)
     assert got.dtype == torch.float64
-    assert grad_p.dtype == logits.dtype
+    assert grad_p.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     assert not grad_p.requires_grad
     assert_near(got, expected, 1e-12 if logits.dtype == torch.float64 else 1e-5)
     if not expected.requires_grad:
@@ -98,6 +98,21 @@ def test_softmax(device, dtype, layout):
     logits = make_logits((2, 5, 9, 31), dtype, layout=layout)
     for per_image in (False, True):
         check(logits, make_labels(logits.shape, ignore=255), "softmax", 255, per_image, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_slopes_of_half_logits_are_float32(device, dtype, layout):
+    """Slopes of a large class are smaller than float16 has numbers for: what they are in float32, bit for bit."""
+    logits = make_logits((2, 3, 24, 25), dtype, "sigmoid", layout)
+    labels = make_labels(logits.shape)
+    for activation in ("softmax", "hinge"):
+        z = logits.to(device)
+        loss, slopes = lovasz(z, labels.to(device), activation, None, False)
+        wide_loss, wide_slopes = lovasz(z.float(), labels.to(device), activation, None, False)
+        assert torch.equal(loss, wide_loss)
+        assert torch.equal(slopes, wide_slopes)
+        assert slopes.stride() == wide_slopes.stride()
 
 
 @pytest.mark.parametrize("activation", ["softmax", "hinge"])
@@ -186,8 +201,8 @@ def test_labels_out_of_range():
 
 
 def test_opcheck(device):
-    for activation in ("softmax", "hinge"):
-        z = make_logits((2, 3, 4, 5)).to(device).requires_grad_()
+    for activation, dtype in (("softmax", torch.float32), ("hinge", torch.float32), ("softmax", torch.bfloat16)):
+        z = make_logits((2, 3, 4, 5), dtype).to(device).requires_grad_()
         torch.library.opcheck(lovasz.default, (z, make_labels((2, 3, 4, 5)).to(device), activation, None, True))
 
 

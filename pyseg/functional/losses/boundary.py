@@ -109,13 +109,7 @@ class _MapLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         error, logits = ctx.saved_tensors
-        return _vjp(error, logits, grad, ctx.activation), None, None, None
-
-
-def _vjp(error: Tensor, logits: Tensor, scale: Tensor, activation: str) -> Tensor:
-    """The gradient of sum(scale * error * p) by the logits. 16-bit logits are widened like their error."""
-    wide: Tensor = torch.ops.pyseg._activation_vjp(error, logits.to(error.dtype), scale, activation)
-    return wide.to(logits.dtype)
+        return torch.ops.pyseg._activation_vjp(error, logits, grad, ctx.activation), None, None, None
 
 
 def _loss(

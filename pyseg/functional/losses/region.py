@@ -393,10 +393,7 @@ def _lovasz(
     of: Problem, activation: str, weight: Weight, absent: str, chosen: list[int] | None, reduction: str, batch: bool
 ) -> Tensor:
     check_reduction(of.loss, reduction, absent)
-    # Keeps the gradient with respect to the probabilities for its backward: in float16 it would vanish before a loss
-    # scale can save it.
-    logits = of.logits.float() if of.logits.dtype == torch.float16 else of.logits
-    loss, _ = torch.ops.pyseg.lovasz_statistics(logits, of.target, activation, of.ignore_index, not batch)
+    loss, _ = torch.ops.pyseg.lovasz_statistics(of.logits, of.target, activation, of.ignore_index, not batch)
     present = None if absent == "include" else _present(of, batch)
     loss, present = take(loss, chosen, 1), None if present is None else take(present, chosen, 1)
     return reduce_table(loss, of, reduction, class_weight(of, weight, chosen), present, absent, batch)
@@ -424,7 +421,8 @@ def lovasz_softmax_loss(
     (1705.08790), equation 8 and algorithm 1; the errors are sorted over the batch unless batch=False. absent="skip" is
     the paper's "present" classes.
 
-    It keeps one tensor like the logits and, while it sorts, a few maps of one class. O(N C S log(N S)).
+    It keeps one tensor like the logits (float32 for 16-bit logits) and, while it sorts, a few maps of one class.
+    O(N C S log(N S)).
 
     smp has the same defaults; kornia sorts per image and averages all classes: batch=False, absent="include".
     """
