@@ -25,16 +25,7 @@ using torch::stable::Tensor;
 
 // --- Kernels
 
-const ConvKernelTable& kernel_table() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::conv_kernels;
-    case CpuCapability::kAvx2: return avx2::conv_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::conv_kernels;
-}
+const ConvKernelTable& kernel_table() { return PYSEG_CPU_TABLE(conv_kernels); }
 
 template <typename T>
 const ConvKernels<T>& kernels();

@@ -1,6 +1,4 @@
 // atrous_conv2d on CUDA devices: checks, layouts, choice of the kernel, registration.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "common/cuda_device.h"
+#include "common/cuda_launches.h"
 #include "common/memory_format.h"
 #include "conv/atrous_conv2d_check.h"
 #include "conv/atrous_conv2d_cuda.h"
@@ -55,23 +54,6 @@ Shape check_shape(const char* op, const Tensor& input, const Tensor& weight, con
 
 // --- Launching
 
-// All launches of one call: they go to the current stream of the tensors' device.
-class Launches {
- public:
-  Launches(const char* op, const Tensor& input) : op_(op), guard_(input.get_device_index()) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-  cudaStream_t stream() const { return stream_; }
-  void check(cudaError_t error) const { PYSEG_CHECK(error == cudaSuccess, op_, ": CUDA: ", cudaGetErrorString(error)); }
-
- private:
-  const char* op_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
-
 bool uses_tensor_cores(DType dtype, bool allow_tf32) {
   const bool type_fits = dtype == DType::kHalf || dtype == DType::kBFloat16 || (dtype == DType::kFloat && allow_tf32);
   return type_fits && compute_capability() >= 80;
@@ -95,21 +77,21 @@ Tensor new_workspace(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
-void copy_map(const Launches& launches, const Tensor& from, const Tensor& to, DType dtype) {
+void copy_map(const CudaLaunches& launches, const Tensor& from, const Tensor& to, DType dtype) {
   auto strides = [](const Tensor& t) -> Strides { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; };
   launches.check(launch_copy_map(from.data_ptr(), strides(from), to.data_ptr(), strides(to), from.size(0), from.size(1),
                                  from.size(2), from.size(3), dtype, launches.stream()));
 }
 
 // The map itself where its channels lie side by side, else a copy.
-Tensor as_channels_last(const Launches& launches, const Tensor& t, DType dtype) {
+Tensor as_channels_last(const CudaLaunches& launches, const Tensor& t, DType dtype) {
   if (strides_of(t).c == 1) return t;
   Tensor copy = new_map(t, t.size(0), t.size(1), t.size(2), t.size(3), true);
   copy_map(launches, t, copy, dtype);
   return copy;
 }
 
-Tensor as_rows(const Launches& launches, const Tensor& t, DType dtype) {
+Tensor as_rows(const CudaLaunches& launches, const Tensor& t, DType dtype) {
   if (row_strides_of(t).w == 1) return t;
   Tensor copy = new_map(t, t.size(0), t.size(1), t.size(2), t.size(3), false);
   copy_map(launches, t, copy, dtype);
@@ -117,7 +99,7 @@ Tensor as_rows(const Launches& launches, const Tensor& t, DType dtype) {
 }
 
 // A vector of the epilogue, contiguous; none stays none.
-OptTensor as_contiguous(const Launches& launches, const OptTensor& t, DType dtype) {
+OptTensor as_contiguous(const CudaLaunches& launches, const OptTensor& t, DType dtype) {
   if (!t || t->size(0) <= 1 || t->stride(0) == 1) return t;
   Tensor copy = torch::stable::new_empty(*t, {t->size(0)});
   launches.check(launch_copy_map(t->data_ptr(), {0, t->stride(0), 0, 0}, copy.data_ptr(), {0, 1, 0, 0}, 1, t->size(0),
@@ -125,14 +107,14 @@ OptTensor as_contiguous(const Launches& launches, const OptTensor& t, DType dtyp
   return copy;
 }
 
-Tensor as_contiguous_weight(const Launches& launches, const Tensor& weight, DType dtype) {
+Tensor as_contiguous_weight(const CudaLaunches& launches, const Tensor& weight, DType dtype) {
   if (weight.is_contiguous()) return weight;
   Tensor copy = torch::stable::new_empty(weight, weight.sizes());
   copy_map(launches, weight, copy, dtype);
   return copy;
 }
 
-Tensor pack_weight(const Launches& launches, const Tensor& weight, DType dtype, bool for_input_gradient) {
+Tensor pack_weight(const CudaLaunches& launches, const Tensor& weight, DType dtype, bool for_input_gradient) {
   const int64_t k = weight.size(0), c = weight.size(1);
   Tensor packed = for_input_gradient ? torch::stable::new_empty(weight, {3, 3, c, k})
                                      : torch::stable::new_empty(weight, {3, 3, k, c});
@@ -143,7 +125,7 @@ Tensor pack_weight(const Launches& launches, const Tensor& weight, DType dtype, 
 }
 
 // weight: packed [3, 3, C_out, C_in]; input of any strides.
-void run_dense(const Launches& launches, const Shape& shape, DType dtype, const Tensor& input, const Tensor& packed,
+void run_dense(const CudaLaunches& launches, const Shape& shape, DType dtype, const Tensor& input, const Tensor& packed,
                const Epilogue& epilogue, bool allow_tf32, const Tensor& out) {
   const Tensor x = as_channels_last(launches, input, dtype);
   const Forward args{.shape = shape,
@@ -163,8 +145,8 @@ void run_dense(const Launches& launches, const Shape& shape, DType dtype, const 
 }
 
 // weight: [C, 1, 3, 3] of any strides; input of any strides, brought to the output's layout.
-void run_depthwise(const Launches& launches, const Shape& shape, DType dtype, const Tensor& input, const Tensor& weight,
-                   bool flip, const Epilogue& epilogue, const Tensor& out) {
+void run_depthwise(const CudaLaunches& launches, const Shape& shape, DType dtype, const Tensor& input,
+                   const Tensor& weight, bool flip, const Epilogue& epilogue, const Tensor& out) {
   const Tensor w = as_contiguous_weight(launches, weight, dtype);
   const bool channels_last = out.stride(1) == 1 && out.size(1) > 1;
   const bool rows = !channels_last && row_strides_of(out).w == 1;
@@ -196,7 +178,7 @@ struct ForwardInputs {
 void run_forward(const ForwardInputs& in, const Shape& shape, const Tensor& out) {
   if (out.numel() == 0) return;
   const DType dtype = dtype_of(in.input);
-  const Launches launches(kForward, in.input);
+  const CudaLaunches launches(kForward, in.input);
   const OptTensor bias = as_contiguous(launches, in.bias, dtype), scale = as_contiguous(launches, in.scale, dtype),
                   shift = as_contiguous(launches, in.shift, dtype);
   const Epilogue epilogue{.bias = bias ? bias->data_ptr() : nullptr,
@@ -254,7 +236,7 @@ std::tuple<Tensor, Tensor> atrous_conv2d_backward(Tensor grad_output, Tensor inp
   const Shape s = check_shape(kBackward, input, weight, padding, dilation, groups);
   check_map(kBackward, "grad_output", grad_output, input, {s.batch, s.out_channels, s.out_height, s.out_width});
   const DType dtype = dtype_of(input);
-  const Launches launches(kBackward, input);
+  const CudaLaunches launches(kBackward, input);
   const bool dense = groups == 1;
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);
   Tensor grad = grad_output;
@@ -312,7 +294,7 @@ Tensor atrous_conv2d_pack(Tensor weight) {
   check_weight(kPack, weight);
   check_dtype(kPack, "weight", weight);
   const DType dtype = dtype_of(weight);
-  return pack_weight(Launches(kPack, weight), weight, dtype, false);
+  return pack_weight(CudaLaunches(kPack, weight), weight, dtype, false);
 }
 
 }  // namespace

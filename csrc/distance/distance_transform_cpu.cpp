@@ -14,16 +14,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const DistanceKernelTable& distance_kernel_table() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::distance_kernels;
-    case CpuCapability::kAvx2: return avx2::distance_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::distance_kernels;
-}
+const DistanceKernelTable& distance_kernel_table() { return PYSEG_CPU_TABLE(distance_kernels); }
 
 constexpr double kWorkPerElement = 8;  // in the multiply-adds that workers_for counts
 

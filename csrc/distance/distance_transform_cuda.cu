@@ -2,8 +2,6 @@
 // registration.
 #include "distance/distance_transform_cuda.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/cuda_launches.h"
 #include "distance/distance_transform_check.h"
 
 namespace pyseg::distance {
@@ -18,23 +17,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// All launches of one call: they go to the current stream of the tensors' device.
-class Launches {
- public:
-  Launches(const char* op, const Tensor& input) : op_(op), guard_(input.get_device_index()) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-  cudaStream_t stream() const { return stream_; }
-  void check(cudaError_t error) const { PYSEG_CHECK(error == cudaSuccess, op_, ": CUDA: ", cudaGetErrorString(error)); }
-
- private:
-  const char* op_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
 
 ScalarType type_of(Arithmetic arithmetic) {
   switch (arithmetic) {
@@ -58,7 +40,7 @@ std::tuple<Tensor, Tensor> distance_transform(Tensor input, std::vector<double> 
   const Grid grid = check_grid(kTransform, "input", input, spacing, float64);
   const bool labels = checked_mode == Mode::kLabels || checked_mode == Mode::kObjects;
   const Element element = check_element(kTransform, "input", input, labels);
-  const Launches launches(kTransform, input);
+  const CudaLaunches launches(kTransform, input);
   Tensor output = torch::stable::new_empty(input, input.sizes(), distance_type(float64));
   const std::vector<int64_t> sizes = return_indices ? index_sizes(input, grid.dims) : std::vector<int64_t>{0};
   Tensor indices = torch::stable::new_empty(input, sizes, ScalarType::Long);
@@ -133,7 +115,7 @@ std::tuple<Tensor, Tensor> distance_to_two_nearest_objects(Tensor labels, std::v
                                                            bool float64) {
   const Grid grid = check_grid(kTwoNearest, "labels", labels, spacing, float64);
   check_element(kTwoNearest, "labels", labels, true);
-  const Launches launches(kTwoNearest, labels);
+  const CudaLaunches launches(kTwoNearest, labels);
   Tensor first = torch::stable::new_empty(labels, labels.sizes(), distance_type(float64));
   Tensor second = torch::stable::new_empty(labels, labels.sizes(), distance_type(float64));
   if (labels.numel() == 0) return {first, second};

@@ -132,7 +132,6 @@ class Stage {
   }
 
   bool all_count() const { return all_count_; }
-  V counts(int64_t i) const { return load(label + i); }
   A limit() const { return limit_; }
 
   // Row c of the logits, in the scratch, and the larger of `most` and its elements into `most`.

@@ -15,16 +15,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const LovaszKernels& lovasz_kernels() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::lovasz_kernels;
-    case CpuCapability::kAvx2: return avx2::lovasz_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::lovasz_kernels;
-}
+const LovaszKernels& lovasz_kernels() { return PYSEG_CPU_TABLE(lovasz_kernels); }
 
 std::tuple<Tensor, Tensor> lovasz_statistics(Tensor logits, Tensor target, std::string activation, OptInt ignore_index,
                                              bool per_image) {

@@ -14,16 +14,7 @@
 
 namespace pyseg::loss {
 
-inline const SegmentationKernels& segmentation_kernels() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::segmentation_kernels;
-    case CpuCapability::kAvx2: return avx2::segmentation_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::segmentation_kernels;
-}
+inline const SegmentationKernels& segmentation_kernels() { return PYSEG_CPU_TABLE(segmentation_kernels); }
 
 template <typename T>
 T* data(const torch::stable::Tensor& t) {

@@ -10,16 +10,7 @@
 namespace pyseg::metric {
 namespace {
 
-const ConfusionKernelTable& kernel_table() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::confusion_kernels;
-    case CpuCapability::kAvx2: return avx2::confusion_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::confusion_kernels;
-}
+const ConfusionKernelTable& kernel_table() { return PYSEG_CPU_TABLE(confusion_kernels); }
 
 int64_t label_at(const void* labels, LabelType type, int64_t i) {
   switch (type) {

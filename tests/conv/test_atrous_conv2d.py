@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conv2d_cases import DTYPES, EXACT_BOUNDS, LAYOUTS, check, dense, depthwise, magnitude, make, oracle, vectors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import pyseg
+from drawn import drawn_settings
 from pyseg.functional import atrous_conv2d
 
 # ---- deterministic cases around the kernels' boundaries ----
@@ -127,13 +128,7 @@ def drawn(draw):
 
 
 def test_drawn_cases(device):
-    @settings(
-        max_examples=200 if device == "cpu" else 15,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn_settings(200, 15, device)
     @given(drawn())
     def run(drawn_case):
         case, options = drawn_case
@@ -366,8 +361,8 @@ for case in DENSE[::2] + DEPTHWISE[::2] + LARGE[::4]:
     check_backward(case)
 """
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(Path(pyseg.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = dict(os.environ, PYSEG_CPU_CAPABILITY=capability, PYTHONPATH=path)
+    folders = [str(here), str(here.parent), str(Path(pyseg.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = dict(os.environ, PYSEG_CPU_CAPABILITY=capability, PYTHONPATH=os.pathsep.join(folders))
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     if "the best that this machine has" in result.stderr:
         pytest.skip(f"cpu target: this machine cannot run {capability}")

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
 import pyseg
 from cuda_budget import cuda_budget
+from drawn import drawn_settings
 from pyseg import reference
 from pyseg.functional import distance_to_two_nearest_objects, distance_transform
 
@@ -144,13 +145,7 @@ def drawn(draw):
 
 
 def test_drawn_cases(device):
-    @settings(
-        max_examples=80 if device == "cpu" else 12,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn_settings(80, 12, device)
     @given(drawn())
     def run(case):
         input, spacing, mode, dtype = case

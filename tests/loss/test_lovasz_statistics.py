@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from segmentation_cases import (
     DTYPES,
@@ -16,6 +16,7 @@ from segmentation_cases import (
     make_logits,
 )
 
+from drawn import drawn_settings
 from pyseg import reference
 
 lovasz = torch.ops.pyseg.lovasz_statistics
@@ -69,13 +70,7 @@ def drawn(draw):
 
 
 def test_drawn_cases(device):
-    @settings(
-        max_examples=120 if device == "cpu" else 15,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn_settings(120, 15, device)
     @given(drawn())
     def run(case):
         check(*case, device=device)

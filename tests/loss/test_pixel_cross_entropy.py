@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from segmentation_cases import (
     DTYPES,
@@ -18,6 +18,7 @@ from segmentation_cases import (
     make_logits,
 )
 
+from drawn import drawn_settings
 from pyseg import reference
 
 cross_entropy = torch.ops.pyseg.pixel_cross_entropy
@@ -64,13 +65,7 @@ def drawn(draw):
 
 
 def test_drawn_cases(device):
-    @settings(
-        max_examples=150 if device == "cpu" else 20,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn_settings(150, 20, device)
     @given(drawn())
     def run(case):
         check(*case, device=device)

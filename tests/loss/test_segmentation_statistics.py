@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from segmentation_cases import (
     DTYPES,
@@ -17,6 +17,7 @@ from segmentation_cases import (
     make_logits,
 )
 
+from drawn import drawn_settings
 from pyseg import reference
 from pyseg._ops.segmentation_statistics import COLUMNS
 
@@ -70,13 +71,7 @@ def drawn(draw):
 
 
 def test_drawn_cases(device):
-    @settings(
-        max_examples=150 if device == "cpu" else 20,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn_settings(150, 20, device)
     @given(drawn())
     def run(case):
         check(*case, device=device)

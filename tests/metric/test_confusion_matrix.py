@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn import drawn_settings
 from pyseg import build_info, reference
 from pyseg.functional import confusion_matrix, iou
 
@@ -190,13 +191,7 @@ def drawn_case(draw):
 
 
 def test_drawn_cases(device):
-    @settings(
-        max_examples=150 if device == "cpu" else 20,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn_settings(150, 20, device)
     @given(st.data())
     def run(data):
         check(*drawn_case(data.draw), device)

@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from drawn import drawn_settings
 from pyseg import reference
 from pyseg.functional import average_surface_distance, hausdorff_distance, surface_dice
 from pyseg.functional.surface_distance import surface
@@ -66,7 +67,7 @@ def drawn(draw):
     return (*masks, tuple(draw(st.sampled_from([0.25, 1.0, 1.5, 4.0])) for _ in range(dims)))
 
 
-@settings(max_examples=60, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@drawn_settings(60)
 @given(drawn())
 def test_drawn_cases(case):
     check(*case, "cpu")
