@@ -85,6 +85,33 @@ def test_smp_refuses_soft_targets_that_it_would_cut_off():
             loss(logits, soft)
 
 
+def test_monai_refuses_soft_targets_that_it_would_cut_off():
+    """With ignore_index targets become integers: a soft one would be cut off, unless its pixel is ignored."""
+    from pyseg.compat import monai
+
+    logits = torch.randn(2, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    target = (logits > 0.3).float()
+    target[0, 0, 0, 0] = 255.0
+    soft = target.clone()
+    soft[1, 0, 2, 3] = 0.5
+    for loss in (
+        monai.DiceLoss(sigmoid=True, ignore_index=255),
+        monai.TverskyLoss(sigmoid=True, ignore_index=255),
+        monai.FocalLoss(ignore_index=255),
+    ):
+        with pytest.raises(ValueError, match="target must hold integers with ignore_index, got other numbers"):
+            loss(logits, soft)
+        assert torch.equal(loss(logits, target), loss(logits, target.short()))
+    one_hot = torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1).repeat(1, 1, 2, 2)  # ignored where channel 1 is 1
+    one_hot[:, 0] = 0.25
+    three = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    loss = monai.DiceLoss(softmax=True, ignore_index=1)
+    assert torch.equal(loss(three, one_hot), loss(three, one_hot.round()))
+    one_hot[0, :, 0, 0] = torch.tensor([0.25, 0.75, 0.0])
+    with pytest.raises(ValueError, match="target must hold integers"):
+        loss(three, one_hot)
+
+
 @pytest.mark.parametrize("special", [{"normalized": True}, {"reduced_threshold": 0.5}])
 def test_smp_focal_loss_keeps_its_map(special):
     from pyseg.compat import smp

@@ -167,6 +167,16 @@ WORKER = """
         "cross_entropy": lambda z, t, **k: P.cross_entropy(z, t, [1.0, 2.0, 0.5], **k),
         "smoothed": lambda z, t, **k: P.weighted_binary_cross_entropy(
             z, (t == 1).unsqueeze(1).expand_as(z).long(), mode="multilabel", label_smoothing=0.1, **k),
+        "smoothed sum": lambda z, t, **k: P.weighted_binary_cross_entropy(
+            z, (t == 1).unsqueeze(1).expand_as(z).long(), [1.0, 2.0, 0.5], mode="multilabel", label_smoothing=0.1,
+            reduction="sum", **k),
+        "smoothed cross_entropy": lambda z, t, **k: P.cross_entropy(
+            z, t, [1.0, 2.0, 0.5], ignore_index=2, label_smoothing=0.1, **k),
+        "smoothed dice_ce": lambda z, t, **k: P.dice_ce_loss(
+            z, t, [1.0, 2.0, 0.5], squared=True, batch=True, ignore_index=0, label_smoothing=0.1, **k),
+        "smoothed tversky": lambda z, t, **k: P.tversky_loss(
+            z, t.clamp_max(1), batch=True, absent="skip", label_smoothing=0.1, **k),
+        "smoothed mcc": lambda z, t, **k: P.mcc_loss(z, t, batch=True, ignore_index=1, label_smoothing=0.1, **k),
     }
     results = {}
     for name, call in calls.items():
@@ -179,7 +189,9 @@ WORKER = """
         (gradient,) = torch.autograd.grad(value, mine)
         # The sum of both processes' losses is twice the loss: an average over the processes makes it the gradient.
         results[name] = (
-            (value - expected).abs().item(), (gradient / 2 - wanted[part]).abs().max().item(), wanted.abs().max().item()
+            ((value - expected) / expected).abs().item(),
+            (gradient / 2 - wanted[part]).abs().max().item(),
+            wanted.abs().max().item(),
         )
     torch.save(results, f"{out}{rank}")
     dist.barrier()  # gloo aborts a process whose peer leaves while its threads still answer
