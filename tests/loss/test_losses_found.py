@@ -135,6 +135,16 @@ def test_smp_binary_cross_entropy_of_an_empty_batch():
     assert smp.SoftBCEWithLogitsLoss(reduction="none")(empty, empty).shape == empty.shape
 
 
+@pytest.mark.parametrize("loss", [P.hausdorff_dt_loss, P.hausdorff_er_loss, P.boundary_loss])
+def test_a_class_may_be_listed_twice(loss):
+    """Maps of p are overwritten by their errors: a class that came again was computed from those."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 9, 8, generator=generator)
+    for target in (torch.randint(0, 3, (2, 9, 8), generator=generator), torch.rand(2, 3, 9, 8, generator=generator)):
+        every = loss(x, target, reduction="none")
+        torch.testing.assert_close(loss(x, target, classes=[1, 1, 2], reduction="none"), every[:, [1, 1, 2]])
+
+
 def test_label_smoothing_checks_labels():
     with pytest.raises(RuntimeError, match="7"):
         P.weighted_binary_cross_entropy(torch.zeros(1, 1, 2, 2), torch.full((1, 2, 2), 7), label_smoothing=0.1)

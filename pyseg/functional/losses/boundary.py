@@ -121,7 +121,7 @@ def _loss(
         raise RuntimeError(f"{of.loss}: input must be [N, C, H, W] or [N, C, D, H, W], got {list(of.logits.shape)}")
     channels = of.logits.shape[1]
     chosen = chosen_classes(of.loss, channels, include_background, classes)
-    every = list(range(channels)) if chosen is None else chosen
+    every = list(range(channels)) if chosen is None else sorted(set(chosen))  # each is overwritten by its error
     table: Tensor = _MapLossFunction.apply(of.logits, of, every, map_loss)
     table = take(table, chosen, 1)
     if batch:
