@@ -40,6 +40,9 @@ from pyseg.functional.losses.region import class_weight
 # From some maps [M, *S] of p, of g (both float) and of g > 0.5 (uint8): the loss of each map [M], not yet divided by
 # its pixels, and its derivative by p, [M, *S].
 _MapLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# An operator that does this for all maps: from logits, labels as uint8, activation and chosen classes the table [N, C],
+# divided by the pixels, and E.
+_Fused = Callable[[Tensor, Tensor, str, list[int]], tuple[Tensor, Tensor]]
 
 
 def _loss_and_error(of: Problem, chosen: list[int], map_loss: _MapLoss) -> tuple[Tensor, Tensor]:
@@ -97,10 +100,23 @@ def _small_labels(of: Problem) -> Tensor:
     return of.target.to(torch.uint8)
 
 
+def _takes_fused(of: Problem) -> bool:
+    """Labels that 8 bits can hold, on the CPU, of one class or of classes that exclude each other; none ignored."""
+    channels = of.logits.shape[1]
+    exclusive = (channels > 1) == (of.activation == "softmax")
+    return not (of.dense or of.logits.is_cuda or of.valid() is not None) and exclusive and channels <= 255
+
+
 class _MapLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, of: Problem, chosen: list[int], map_loss: _MapLoss) -> Tensor:
-        table, error = _loss_and_error(of._replace(logits=logits), chosen, map_loss)
+    def forward(
+        ctx: Any, logits: Tensor, of: Problem, chosen: list[int], map_loss: _MapLoss, fused: _Fused | None
+    ) -> Tensor:
+        of = of._replace(logits=logits)
+        if fused is None or not _takes_fused(of):
+            table, error = _loss_and_error(of, chosen, map_loss)
+        else:
+            table, error = fused(logits, _small_labels(of).view(torch.uint8), of.activation, chosen)
         ctx.save_for_backward(error, logits)
         ctx.activation = of.activation
         return table
@@ -109,12 +125,12 @@ class _MapLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         error, logits = ctx.saved_tensors
-        return torch.ops.pyseg._activation_vjp(error, logits, grad, ctx.activation), None, None, None
+        return torch.ops.pyseg._activation_vjp(error, logits, grad, ctx.activation), None, None, None, None
 
 
 def _loss(
     of: Problem, weight: Weight, include_background: bool, classes: Sequence[int] | None, reduction: str, batch: bool,
-    map_loss: _MapLoss,
+    map_loss: _MapLoss, fused: _Fused | None = None,
 ) -> Tensor:  # fmt: skip
     check_reduction(of.loss, reduction)
     if of.logits.dim() == 3:
@@ -122,7 +138,7 @@ def _loss(
     channels = of.logits.shape[1]
     chosen = chosen_classes(of.loss, channels, include_background, classes)
     every = list(range(channels)) if chosen is None else sorted(set(chosen))  # each is overwritten by its error
-    table: Tensor = _MapLossFunction.apply(of.logits, of, every, map_loss)
+    table: Tensor = _MapLossFunction.apply(of.logits, of, every, map_loss, fused)
     table = take(table, chosen, 1)
     if batch:
         table = table.sum(0, keepdim=True) / max(table.shape[0], 1)
@@ -197,7 +213,10 @@ def hausdorff_dt_loss(
         slope = distance.mul_(difference)
         return (slope * difference).flatten(1).sum(1), slope.mul_(2)
 
-    loss = _loss(of, weight, include_background, classes, reduction, batch, map_loss)
+    def fused(logits: Tensor, labels: Tensor, activation: str, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        return torch.ops.pyseg._hausdorff_dt(logits, labels, activation, chosen, steps, one_sided)
+
+    loss = _loss(of, weight, include_background, classes, reduction, batch, map_loss, fused if alpha == 2 else None)
     return loss.log1p() if log else loss
 
 
