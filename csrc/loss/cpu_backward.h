@@ -197,8 +197,15 @@ class Backward : Probabilities<A> {
       const A* e = exps_ + c * step;
       const A* term = terms + c * step;
       A* row = stage_.row_of_result(to, in_.logits.type, c, terms + c * step);
-      for (int64_t i = 0; i < padded; i += kLane)
-        store(row + i, load(term + i) + load(e + i) * load(scale_ + i) * load(common + i));
+      const auto each = [&](const auto& put) {
+        for (int64_t i = 0; i < padded; i += kLane)
+          put(row + i, load(term + i) + load(e + i) * load(scale_ + i) * load(common + i));
+      };
+      if (stage_.streams(row, term)) {
+        each([](A* at, V dz) { stream(at, dz); });
+      } else {
+        each([](A* at, V dz) { store(at, dz); });
+      }
       stage_.write(row, to, in_.logits.type, c);
     }
     stage_.write_all(terms, to, in_.logits.type);

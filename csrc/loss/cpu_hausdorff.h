@@ -8,6 +8,7 @@
 // Distances are squared. Sums: vectors within kBlock pixels, doubles across them, in the order of the pixels.
 #pragma once
 
+#include "distance/cpu_lanes.h"
 #include "distance/distance_transform_cpu_kernel.h"
 #include "loss/cpu_binary.h"
 #include "loss/hausdorff_dt_cpu_kernel.h"
@@ -287,9 +288,13 @@ class Hausdorff {
       V distance{}, g{};
       for (int64_t side = 0; side < sides_; ++side) {
         const int64_t there = side * in_.pixels + at;
+        V d = read(outside_ + there);
         const C within = is_label(labels_ + there, label, n);
-        distance += within ? read(inside_ + there) : read(outside_ + there);
-        if (side == 0) g = within ? one : V{};
+        if (any_lane(within)) {  // seldom: what lies inside need not be read for the others
+          d = within ? read(inside_ + there) : d;
+          if (side == 0) g = within ? one : V{};
+        }
+        distance += d;
       }
       const V difference = p - g, slope = distance * difference;
       sums += slope * difference;

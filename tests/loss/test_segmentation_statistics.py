@@ -124,6 +124,7 @@ def test_large_gradient():
     logits, labels = make_logits(shape), make_labels(shape, ignore=255)
     for flags in ((False, True, False), (True, False, True)):
         check(logits, labels, None, "softmax", 255, 0.0, *flags)
+    check(logits, make_dense(shape), None, "softmax", None, 0.0, True, False, False)
 
 
 def test_label_dtypes(device):
