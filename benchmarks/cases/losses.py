@@ -19,8 +19,9 @@ from harness import Case, Contender, Prepared, Workload
 BASELINE = "torch"
 TOLERANCE = 3e-4  # kornia sums in float32
 FAMILY_NOTES = {  # measured reasons, by the summary's row
-    "Dice, binary": "torch.compile fuses each pass into one loop; ours goes the general way of any classes, "
-    "in several passes over a block in the first-level cache; reading 64-bit labels is a third of its time",
+    "Dice, binary": "torch.compile fuses each pass into one loop, and so do we; of ours 150 us are PyTorch's operators "
+    "on the table of sums, and the kernels take 1.2 ms where tensors are in the caches, which the peers empty "
+    "in between",
     "Lovasz, multiclass": "most is a radix sort of 22 million records; a plane of the batch leaves the second-level "
     "cache",
 }

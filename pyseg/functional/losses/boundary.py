@@ -3,8 +3,9 @@
 Arguments, empty cases, dtypes and determinism that all losses share: pyseg.functional.losses. p is the probability, g
 the target. Distances come from pyseg.functional.distance_transform, one image and class at a time (on CUDA one class of
 all images), with `spacing` as there; they are constants for autograd. A loss keeps E = d loss / d p for its backward,
-one tensor like the logits (float32 for 16-bit logits), and a few maps of one class while it works. Ignored pixels
-belong to no class, in the prediction as in the target, and the mean over the pixels leaves them out.
+one tensor like the logits (float32 for 16-bit logits), and a few maps of one class while it works (hausdorff_dt_loss of
+labels: of one image, all classes of which share a transform of the labels). Ignored pixels belong to no class, in the
+prediction as in the target, and the mean over the pixels leaves them out.
 
 reduction="none" returns [N, C], one value an image and chosen class, or their mean over the batch [C] with batch=True.
 """
