@@ -102,10 +102,12 @@ def _small_labels(of: Problem) -> Tensor:
 
 
 def _takes_fused(of: Problem) -> bool:
-    """Labels that 8 bits can hold, on the CPU, of one class or of classes that exclude each other; none ignored."""
-    channels = of.logits.shape[1]
-    exclusive = (channels > 1) == (of.activation == "softmax")
-    return not (of.dense or of.logits.is_cuda or of.valid() is not None) and exclusive and channels <= 255
+    """Labels that 8 bits can hold, on the CPU, of classes that exclude each other; none ignored.
+
+    One class alone has nothing to share: two transforms of masks are faster there.
+    """
+    several = of.activation == "softmax" and 1 < of.logits.shape[1] <= 255
+    return several and not (of.dense or of.logits.is_cuda or of.valid() is not None)
 
 
 class _MapLossFunction(torch.autograd.Function):
