@@ -38,13 +38,7 @@ class Predictions : Probabilities<A> {
       const int32_t* __restrict index = stage_.index;  // bytes may alias anything else
       uint8_t* __restrict to = labels + first;
       for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint8_t>(index[i]);
-      if (in_.activation == Activation::kSoftmax) {
-        classes(most + first, scale + first, predicted + first);
-      } else {
-        if (in_.logits.channels_last) this->stage_.load_all_logits();
-        this->elementwise_row(0);
-        for (int64_t i = 0; i < count; ++i) predicted[first + i] = this->p_[i] > A(0.5) ? 1 : kNoClass;
-      }
+      classes(most + first, scale + first, predicted + first);
     });
   }
 
@@ -143,8 +137,6 @@ class Hausdorff {
   }
 
   static A largest() { return sizeof(A) == 8 ? A(__DBL_MAX__) : A(__FLT_MAX__); }
-  // The label of class c.
-  int label_of(int64_t c) const { return is_binary(in_) ? 1 : static_cast<int>(c); }
 
   void predict(int64_t image) {
     for_each_part(run_.workers, units_, [&](int64_t worker, int64_t first, int64_t last) {
@@ -188,7 +180,7 @@ class Hausdorff {
 
   // The sum over the pixels of one class.
   double one_class(int64_t image, int64_t c, A* error) {
-    const int label = label_of(c);
+    const int label = static_cast<int>(c);
     int64_t first = sides_, last = 0;
     for (int64_t side = 0; side < sides_; ++side) {
       if (present_[side][label]) first = smaller(first, side), last = side + 1;
@@ -223,21 +215,13 @@ class Hausdorff {
   // Pixels first .. first + count - 1 of an image's class c.
   double block(int64_t image, int64_t c, int label, int64_t first, int64_t count, A* scratch, A* error) const {
     const A* z = logits(image, c, first, count, scratch);
-    V sums{};
-    if (in_.activation == Activation::kSoftmax) {
-      sums = pixels<Activation::kSoftmax>(z, label, first, count, error);
-    } else if (in_.activation == Activation::kSigmoid) {
-      sums = pixels<Activation::kSigmoid>(z, label, first, count, error);
-    } else {
-      sums = pixels<Activation::kNone>(z, label, first, count, error);
-    }
+    const V sums = pixels(z, label, first, count, error);
     double sum = 0;
     for (int64_t lane = 0; lane < kLane; ++lane) sum += double(sums[lane]);
     return sum;
   }
 
   const A* logits(int64_t image, int64_t c, int64_t first, int64_t count, A* scratch) const {
-    constexpr Element kOwn = sizeof(A) == 8 ? Element::kDouble : Element::kFloat;
     const int64_t classes = in_.classes;
     const A* run = nullptr;
     with_type(in_.logits.type, [&](auto from) {
@@ -257,7 +241,6 @@ class Hausdorff {
         }
       }
     });
-    static_assert(kOwn == Element::kDouble || sizeof(A) == 4, "A is float or double");
     return run;
   }
 
@@ -273,7 +256,6 @@ class Hausdorff {
     return __builtin_convertvector(bytes, C) == label;
   }
 
-  template <Activation kActivation>
   V pixels(const A* z, int label, int64_t first, int64_t count, A* error) const {
     const V factor = broadcast<A>(A(2. / double(in_.pixels))), one = broadcast<A>(A(1));
     const bool past_caches = reinterpret_cast<uintptr_t>(error) % kVectorBytes == 0 &&
@@ -282,9 +264,7 @@ class Hausdorff {
     for (int64_t i = 0; i < count; i += kLane) {
       const int64_t n = smaller(kLane, count - i), at = first + i;
       const auto read = [&](const A* from) { return n == kLane ? load(from) : some<A, V>(from, n); };
-      V p = read(z + i);
-      if constexpr (kActivation == Activation::kSoftmax) p = exp_nonpositive(p - read(most_ + at)) * read(scale_ + at);
-      if constexpr (kActivation == Activation::kSigmoid) p = sigmoid_without_logs<A>(p).p;
+      const V p = exp_nonpositive(read(z + i) - read(most_ + at)) * read(scale_ + at);
       V distance{}, g{};
       for (int64_t side = 0; side < sides_; ++side) {
         const int64_t there = side * in_.pixels + at;

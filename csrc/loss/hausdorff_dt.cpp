@@ -6,9 +6,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   // (loss [N, C] float64, error [N, C, *S] contiguous, float64 for such logits, else float32). With d the squared
   // distances to the other side of p > 0.5 and of the target (one_sided: of the target alone), both 0 in maps that have
   // one value only: loss = mean((p - g)^2 d), error = d loss / d p. 0 for classes that are not listed. logits
-  // [N, C, *S] with C up to 255; target uint8 [N, *S]; activation: softmax, or for one class sigmoid or none; spacing:
-  // of each axis of S, 2 or 3.
+  // [N, C, *S] of a softmax over C, up to 255; target uint8 [N, *S]; spacing: of each axis of S, 2 or 3.
   m.def(
-      "_hausdorff_dt(Tensor logits, Tensor target, str activation, int[] classes, float[] spacing, bool one_sided) -> "
+      "_hausdorff_dt(Tensor logits, Tensor target, int[] classes, float[] spacing, bool one_sided) -> "
       "(Tensor, Tensor)");
 }

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -20,18 +19,16 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "_hausdorff_dt";
 
-std::tuple<Tensor, Tensor> hausdorff_dt(Tensor logits, Tensor target, std::string activation,
-                                        std::vector<int64_t> classes, std::vector<double> spacing, bool one_sided) {
+std::tuple<Tensor, Tensor> hausdorff_dt(Tensor logits, Tensor target, std::vector<int64_t> classes,
+                                        std::vector<double> spacing, bool one_sided) {
   check_logits(kOp, logits);
   PYSEG_CHECK(target.scalar_type() == ScalarType::Byte && target.dim() == logits.dim() - 1, kOp,
               ": target must be uint8 labels ", sizes_of_pixels(logits), ", got ", dtype_name(target), " ",
               target.sizes());
-  const SegmentationMaps maps(kOp, logits, target, activation, std::nullopt);
+  const SegmentationMaps maps(kOp, logits, target, "softmax", std::nullopt);
   HausdorffInput in{};
   in.maps = maps.input;
   PYSEG_CHECK(in.maps.classes <= 255, kOp, ": logits must have up to 255 classes, got ", logits.sizes());
-  PYSEG_CHECK(in.maps.classes == 1 || in.maps.activation == Activation::kSoftmax, kOp,
-              ": activation must be softmax for several classes, got ", activation);
   PYSEG_CHECK(int64_t(spacing.size()) == logits.dim() - 2, kOp, ": spacing must have ", logits.dim() - 2,
               " values, got ", spacing);
   for (const int64_t c : classes)

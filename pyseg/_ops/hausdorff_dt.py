@@ -9,10 +9,10 @@ _OP = torch.ops.pyseg._hausdorff_dt.default
 
 
 def _fake(
-    logits: Tensor, target: Tensor, activation: str, classes: list[int], spacing: list[float], one_sided: bool
+    logits: Tensor, target: Tensor, classes: list[int], spacing: list[float], one_sided: bool
 ) -> tuple[Tensor, Tensor]:
     op = "_hausdorff_dt"
-    check_logits(op, logits, activation)
+    check_logits(op, logits, "softmax")
     check(op, target.dtype == torch.uint8, f"target must be uint8 labels, got {target.dtype}")
     check_target(op, target, logits)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32

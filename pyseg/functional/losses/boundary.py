@@ -41,9 +41,9 @@ from pyseg.functional.losses.region import class_weight
 # From some maps [M, *S] of p, of g (both float) and of g > 0.5 (uint8): the loss of each map [M], not yet divided by
 # its pixels, and its derivative by p, [M, *S].
 _MapLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-# An operator that does this for all maps: from logits, labels as uint8, activation and chosen classes the table [N, C],
-# divided by the pixels, and E.
-_Fused = Callable[[Tensor, Tensor, str, list[int]], tuple[Tensor, Tensor]]
+# An operator that does this for all maps: from logits of a softmax, labels as uint8 and chosen classes the table
+# [N, C], divided by the pixels, and E.
+_Fused = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
 
 
 def _loss_and_error(of: Problem, chosen: list[int], map_loss: _MapLoss) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ class _MapLossFunction(torch.autograd.Function):
         if fused is None or not _takes_fused(of):
             table, error = _loss_and_error(of, chosen, map_loss)
         else:
-            table, error = fused(logits, _small_labels(of).view(torch.uint8), of.activation, chosen)
+            table, error = fused(logits, _small_labels(of).view(torch.uint8), chosen)
         ctx.save_for_backward(error, logits)
         ctx.activation = of.activation
         return table
@@ -216,8 +216,8 @@ def hausdorff_dt_loss(
         slope = distance.mul_(difference)
         return (slope * difference).flatten(1).sum(1), slope.mul_(2)
 
-    def fused(logits: Tensor, labels: Tensor, activation: str, chosen: list[int]) -> tuple[Tensor, Tensor]:
-        return torch.ops.pyseg._hausdorff_dt(logits, labels, activation, chosen, steps, one_sided)
+    def fused(logits: Tensor, labels: Tensor, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        return torch.ops.pyseg._hausdorff_dt(logits, labels, chosen, steps, one_sided)
 
     loss = _loss(of, weight, include_background, classes, reduction, batch, map_loss, fused if alpha == 2 else None)
     return loss.log1p() if log else loss
