@@ -12,12 +12,13 @@ import pyseg
 SCRIPT = """
 import torch
 from segmentation_cases import DTYPES, make_dense, make_labels, make_logits
-import test_lovasz_statistics, test_pixel_cross_entropy, test_segmentation_statistics
+import test_hausdorff_dt, test_lovasz_statistics, test_pixel_cross_entropy, test_segmentation_statistics
 import pyseg._loader
 assert pyseg._loader._C.cpu_capability() == {capability!r}
 test_segmentation_statistics.test_vectorised_logarithm()
 test_segmentation_statistics.test_vectorised_exponential()
 test_segmentation_statistics.test_large_gradient()
+test_hausdorff_dt.test_many_pixels()
 test_segmentation_statistics.test_binary_labels_out_of_range()
 for gamma, flags in zip((0.0, 2.0, 0.5), test_segmentation_statistics.FLAGS):
     test_segmentation_statistics.test_binary_labels_of_many_pixels(gamma, flags)
