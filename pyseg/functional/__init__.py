@@ -6,6 +6,8 @@ from pyseg.functional.distance_transform import distance_to_two_nearest_objects 
 from pyseg.functional.distance_transform import distance_transform as distance_transform
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
+from pyseg.functional.roi_align import multiscale_roi_align as multiscale_roi_align
+from pyseg.functional.roi_align import roi_align as roi_align
 from pyseg.functional.segmentation_metrics import dice as dice
 from pyseg.functional.segmentation_metrics import frequency_weighted_iou as frequency_weighted_iou
 from pyseg.functional.segmentation_metrics import iou as iou
@@ -27,9 +29,11 @@ __all__ = [
     "frequency_weighted_iou",
     "hausdorff_distance",
     "iou",
+    "multiscale_roi_align",
     "pixel_accuracy",
     "precision",
     "recall",
+    "roi_align",
     "specificity",
     "surface_dice",
     *_losses,
