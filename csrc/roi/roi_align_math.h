@@ -125,7 +125,7 @@ PYSEG_ROI_INLINE void samples_on_map(const Axis<A>& axis, int64_t p, int64_t* fi
   if (axis.samples <= kFew || step == 0) return;
   const double base = double(axis.start) + double(p) * double(axis.bin);
   const double at_low = (-1 - base) / step, at_high = (double(axis.size) - base) / step;
-  const double slack = 2 + 1e-5 * (at_low < 0 ? -at_low : at_low) + 1e-5 * (at_high < 0 ? -at_high : at_high);
+  const double slack = 2 + 5e-7 * (at_low < 0 ? -at_low : at_low) + 5e-7 * (at_high < 0 ? -at_high : at_high);
   const double low = (at_low < at_high ? at_low : at_high) - slack,
                high = (at_low < at_high ? at_high : at_low) + slack;
   const double most = double(axis.samples);

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from pyseg import _loader  # noqa: F401  registers the kernels
-from pyseg._ops.segmentation_statistics import FLOATS, no_double_backward
+from pyseg._ops.segmentation_statistics import FLOATS, check, no_double_backward
 
 _ALIGN = torch.ops.pyseg.roi_align.default
 _MULTISCALE = torch.ops.pyseg.multiscale_roi_align.default
@@ -25,32 +25,23 @@ _BACKWARD = torch.ops.pyseg._roi_align_backward.default
 
 def _check_boxes(op: str, boxes: Tensor, rank: int, output_size: list[int], mode: str) -> None:
     expected = "[K, 7]" if rank == 5 else "[K, 5] or [K, 6]"
-    message = f"{op}: boxes must be {expected}, got {list(boxes.shape)}"
-    torch._check(boxes.dim() == 2, lambda: message)
-    torch._check(boxes.shape[1] in ((7,) if rank == 5 else (5, 6)), lambda: message)
-    torch._check(
-        boxes.dtype in FLOATS,
-        lambda: f"{op}: boxes must be float32, float64, float16 or bfloat16, got {boxes.dtype}",
-    )
-    torch._check(
-        len(output_size) == rank - 2,
-        lambda: f"{op}: output_size must be {rank - 2} positive integers, got {list(output_size)}",
-    )
-    torch._check(mode in ("avg", "max"), lambda: f"{op}: mode must be avg or max, got {mode}")
+    message = f"boxes must be {expected}, got {list(boxes.shape)}"
+    check(op, boxes.dim() == 2, message)
+    check(op, boxes.shape[1] in ((7,) if rank == 5 else (5, 6)), message)
+    check(op, boxes.dtype in FLOATS, f"boxes must be float32, float64, float16 or bfloat16, got {boxes.dtype}")
+    sizes = f"output_size must be {rank - 2} positive integers, got {list(output_size)}"
+    check(op, len(output_size) == rank - 2, sizes)
+    check(op, mode in ("avg", "max"), f"mode must be avg or max, got {mode}")
 
 
 def _fake(op: str, name: str, maps: list[Tensor], boxes: Tensor, output_size: list[int], mode: str) -> Tensor:
-    torch._check(len(maps) > 0, lambda: f"{op}: {name} must not be empty")
+    check(op, len(maps) > 0, f"{name} must not be empty")
     rank = maps[0].dim()
     for each in maps:
-        torch._check(
-            each.dim() in (4, 5),
-            lambda each=each: f"{op}: {name} must be [N, C, H, W] or [N, C, D, H, W], got {list(each.shape)}",
-        )
-        torch._check(
-            each.dtype in FLOATS,
-            lambda each=each: f"{op}: {name} must be float32, float64, float16 or bfloat16, got {each.dtype}",
-        )
+        shape = f"{name} must be [N, C, H, W] or [N, C, D, H, W], got {list(each.shape)}"
+        dtype = f"{name} must be float32, float64, float16 or bfloat16, got {each.dtype}"
+        check(op, each.dim() in (4, 5), shape)
+        check(op, each.dtype in FLOATS, dtype)
     _check_boxes(op, boxes, rank, output_size, mode)
     memory_format = torch.contiguous_format
     if any(_is_last(each) for each in maps):
@@ -140,9 +131,7 @@ def _save(ctx: Any, maps: list[Tensor], boxes: Tensor, need_boxes: bool, mode: s
 
 def _gradients(ctx: Any, grad: Tensor, pyramid: list[float], need_maps: bool, need_boxes: bool) -> Any:
     boxes, *maps = ctx.saved_tensors
-    return _BACKWARD(
-        grad, maps, boxes, ctx.sizes, ctx.channels_last, *ctx.arguments, pyramid, need_maps, need_boxes
-    )
+    return _BACKWARD(grad, maps, boxes, ctx.sizes, ctx.channels_last, *ctx.arguments, pyramid, need_maps, need_boxes)
 
 
 def _setup_align(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Boxes of feature maps, resampled to one size: RoIAlign, on one map and on a pyramid of them."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -55,8 +56,8 @@ def roi_align(
     they are, of others the parts that boxes cover are rearranged, 24 MiB of scratch or 16 channels at a time.
 
     Raises:
-        RuntimeError: a shape, dtype or value that does not fit; on the CPU a box that is not finite or has a batch index
-            out of range. (On CUDA the outputs of such boxes are NaN.)
+        RuntimeError: a shape, dtype or value that does not fit; on the CPU a box that is not finite or whose batch
+            index is out of range. (On CUDA the outputs of such boxes are NaN.)
     """
     maps = input.dim() - 2
     rows = _as_rows("roi_align", boxes, input)
@@ -75,8 +76,8 @@ def multiscale_roi_align(
     *,
     mode: Literal["avg", "max"] = "avg",
     levels: tuple[int, int] | None = None,
-    canonical_size: float = 224.0,
-    canonical_level: float = 4.0,
+    canonical_size: float = 224,
+    canonical_level: float = 4,
 ) -> Tensor:
     r"""`roi_align` on the level of a feature pyramid that fits each box, all levels in one call.
 
@@ -118,8 +119,6 @@ def multiscale_roi_align(
 
 
 def _levels(scales: list[float]) -> tuple[int, int]:
-    import math
-
     if not scales or min(scales) <= 0:
         raise RuntimeError(f"multiscale_roi_align: spatial_scales must be positive, got {scales}")
     return int(-math.log2(scales[0])), int(-math.log2(scales[-1]))

@@ -6,6 +6,8 @@ from pyseg.reference.distance_transform import distance_to_two_nearest_objects a
 from pyseg.reference.distance_transform import distance_transform as distance_transform
 from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
 from pyseg.reference.pixel_cross_entropy import pixel_cross_entropy as pixel_cross_entropy
+from pyseg.reference.roi_align import multiscale_roi_align as multiscale_roi_align
+from pyseg.reference.roi_align import roi_align as roi_align
 from pyseg.reference.segmentation_statistics import segmentation_statistics as segmentation_statistics
 from pyseg.reference.surface_distance import average_surface_distance as average_surface_distance
 from pyseg.reference.surface_distance import hausdorff_distance as hausdorff_distance
@@ -19,7 +21,9 @@ __all__ = [
     "distance_transform",
     "hausdorff_distance",
     "lovasz_statistics",
+    "multiscale_roi_align",
     "pixel_cross_entropy",
+    "roi_align",
     "segmentation_statistics",
     "surface_dice",
 ]
