@@ -302,7 +302,9 @@ def test_roi_align(backend):
 
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     fast = compiled(function, counter)
-    for count, x in zip((13, 15, 17), images("cpu", (2, 8, 9), (3, 10, 6), (4, 11, 7), requires_grad=True), strict=True):
+    for count, x in zip(
+        (13, 15, 17), images("cpu", (2, 8, 9), (3, 10, 6), (4, 11, 7), requires_grad=True), strict=True
+    ):
         y = torch.randn(x.shape[0], 5, x.shape[2] + 20, x.shape[3] + 30, requires_grad=True)
         boxes = torch.rand(count, 5) * torch.tensor([1.9, 4, 4, 9, 9])  # sizes that differ are different symbols
         boxes = torch.cat([boxes[:, :1].floor(), boxes[:, 1:]], 1)

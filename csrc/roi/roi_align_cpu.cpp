@@ -267,12 +267,30 @@ std::tuple<Tensors, Tensor> roi_align_backward(Tensor grad, Tensors features, Te
   return {grads, need_boxes ? torch::stable::to(grad_boxes, boxes.scalar_type()) : grad_boxes};
 }
 
+Tensor crop_masks(Tensor masks, Tensor boxes, Ints size, int64_t sampling_ratio, bool aligned) {
+  const auto type = masks.scalar_type();
+  PYSEG_CHECK(type == ScalarType::Bool || type == ScalarType::Byte, kCrop, ": masks must be bool or uint8, got torch.",
+              torch::headeronly::toString(type));
+  PYSEG_CHECK(masks.dim() == 3, kCrop, ": masks must be [N, H, W], got ", masks.sizes());
+  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, kCrop, ": boxes must be [K, 5], got ", boxes.sizes());
+  check_same_device(kCrop, "boxes", boxes, masks);
+  const Sampling sampling = check_sampling(kCrop, check_boxes(kCrop, boxes, 2), size, sampling_ratio, aligned);
+  const Tensor rows = torch::stable::contiguous(masks), maps = torch::stable::unsqueeze(rows, 1);
+  Tensor output = torch::stable::new_empty(masks, {boxes.size(0), size[0], size[1]}, ScalarType::Float);
+  if (output.numel() == 0) return output;
+  Call call(kCrop, Element::kFloat, {sizes_of(maps)}, {maps}, boxes, {1.}, sampling, false, {});
+  call.args.output = output.data_ptr();
+  roi_kernels().crop(call.args, call.workers());
+  return output;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
   m.impl("roi_align", TORCH_BOX(&roi_align));
   m.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align));
   m.impl("_roi_align_backward", TORCH_BOX(&roi_align_backward));
+  m.impl("crop_masks", TORCH_BOX(&crop_masks));
 }
 
 }  // namespace pyseg::roi

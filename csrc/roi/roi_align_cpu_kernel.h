@@ -43,6 +43,8 @@ struct RoiArgs {
 struct RoiKernelTable {
   void (*forward)(const RoiArgs&, const Workers&);
   void (*backward)(const RoiArgs&, const Workers&);
+  // Of masks of bytes with one channel, into output [boxes, bins] of float; a.type is kFloat.
+  void (*crop)(const RoiArgs&, const Workers&);
 };
 
 namespace baseline {

@@ -22,6 +22,11 @@ using Tensors = std::vector<torch::stable::Tensor>;
 constexpr const char* kAlign = "roi_align";
 constexpr const char* kMultiscale = "multiscale_roi_align";
 constexpr const char* kAlignBackward = "_roi_align_backward";
+constexpr const char* kCrop = "crop_masks";
+constexpr const char* kPaste = "paste_masks";
+constexpr const char* kPasteRle = "paste_masks_rle";
+constexpr const char* kPasteBackward = "_paste_masks_backward";
+constexpr const char* kNms = "nms";
 
 inline Ints sizes_of(const torch::stable::Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
@@ -92,6 +97,19 @@ inline Element check_maps(const char* op, const char* name, const Tensors& maps,
   }
   check_same_device(op, "boxes", boxes, maps[0]);
   return type;
+}
+
+// Shapes of masks [K, m_h, m_w], boxes [K, 4] and an image.
+inline void check_paste(const char* op, const Ints& masks, const torch::stable::Tensor& boxes, int64_t height,
+                        int64_t width, int64_t padding) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  PYSEG_CHECK(masks.size() == 3 && masks[1] > 0 && masks[2] > 0, op, ": masks must be [K, m_h, m_w], got ", masks);
+  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(0) == masks[0] && boxes.size(1) == 4, op, ": boxes must be [", masks[0],
+              ", 4] for as many masks, got ", boxes.sizes());
+  check_floats(op, "boxes", boxes);
+  PYSEG_CHECK(height >= 0 && width >= 0 && height < kMost && width < kMost, op,
+              ": image_size must not be negative, got ", height, " and ", width);
+  PYSEG_CHECK(padding >= 0 && padding < kMost, op, ": padding must not be negative, got ", padding);
 }
 
 }  // namespace pyseg::roi

@@ -1,10 +1,5 @@
 """roi_align and multiscale_roi_align against the reference, torchvision and finite differences."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torchvision
@@ -384,20 +379,6 @@ def test_same_bits_for_every_number_of_threads():
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("target", sorted({"baseline", "avx2", "avx512"} - {pyseg.build_info().cpu_capability}))
-def test_cpu_targets(target):
-    """The same tests on every other instruction set that the machine has."""
-    selected = "test_dtypes_and_layouts or test_gradient_of_boxes"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, __file__]
-    environment = dict(os.environ, PYSEG_CPU_CAPABILITY=target, OMP_NUM_THREADS="1")
-    result = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-    )
-    if "the best that this machine has" in result.stdout + result.stderr:
-        pytest.skip(f"cpu target: this machine lacks {target}")
-    assert result.returncode == 0, result.stdout[-3000:]
 
 
 @pytest.mark.parametrize("mode", ["avg", "max"])
