@@ -3,10 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <map>
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <unordered_map>
 
 #include "common/cpu_capability.h"
 #include "roi/nms_cpu_kernel.h"
@@ -42,34 +42,44 @@ std::vector<int64_t> order_of(const A* scores, int64_t count) {
   return order;
 }
 
+// idxs: of the groups, or null for one group.
 template <typename A>
 std::vector<int64_t> kept_rows(const Tensor& boxes, const std::vector<int64_t>& order, const int64_t* idxs,
                                double threshold) {
-  const auto count = int64_t(order.size());
-  const int64_t padded = (count + kNmsPadding - 1) / kNmsPadding * kNmsPadding;
-  std::vector<A> coordinates(5 * padded), removed(padded), group;
+  const size_t rows = order.size();
+  std::vector<int64_t> count, group(rows), place(rows);  // of the row order[i]: its group, its place among all boxes
+  std::unordered_map<int64_t, int64_t> number;
+  for (size_t i = 0; i < rows; ++i) {
+    group[i] = number.try_emplace(idxs != nullptr ? idxs[order[i]] : 0, int64_t(count.size())).first->second;
+    if (group[i] == int64_t(count.size())) count.push_back(0);
+    place[i] = count[group[i]]++;
+  }
+  std::vector<int64_t> begin{0};
+  for (const int64_t boxes_of_group : count)
+    begin.push_back(begin.back() + (boxes_of_group + kNmsPadding - 1) / kNmsPadding * kNmsPadding);
+  const int64_t total = begin.back();
+  std::vector<A> coordinates(5 * total), removed(total);
   const A* box = static_cast<const A*>(boxes.data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
+  double pairs = 0;
+  for (const int64_t boxes_of_group : count) pairs += double(boxes_of_group) * double(boxes_of_group);
+  for (size_t i = 0; i < rows; ++i) {
+    place[i] += begin[group[i]];
     const A* row = box + 4 * order[i];
-    for (int c = 0; c < 4; ++c) coordinates[c * padded + i] = row[c];
-    coordinates[4 * padded + i] = (row[2] - row[0]) * (row[3] - row[1]);
+    for (int c = 0; c < 4; ++c) coordinates[c * total + place[i]] = row[c];
+    coordinates[4 * total + place[i]] = (row[2] - row[0]) * (row[3] - row[1]);
   }
-  if (idxs != nullptr) {  // numbered from 0 on, which is exact in float
-    std::map<int64_t, A> number;
-    group.resize(padded, A(-1));
-    for (int64_t i = 0; i < count; ++i) group[i] = number.try_emplace(idxs[order[i]], A(number.size())).first->second;
-  }
-  const NmsArgs args{.count = count,
-                     .padded = padded,
+  const NmsArgs args{.groups = int64_t(count.size()),
+                     .begin = begin.data(),
+                     .count = count.data(),
+                     .total = total,
                      .float64 = sizeof(A) == 8,
                      .coordinates = coordinates.data(),
-                     .group = idxs != nullptr ? group.data() : nullptr,
                      .threshold = threshold,
                      .removed = removed.data()};
-  nms_kernels().suppress(args, workers_for(double(count) * double(count)));
+  nms_kernels().suppress(args, workers_for(pairs));
   std::vector<int64_t> kept;
-  for (int64_t i = 0; i < count; ++i)
-    if (removed[i] == A(0)) kept.push_back(order[i]);
+  for (size_t i = 0; i < rows; ++i)
+    if (removed[place[i]] == A(0)) kept.push_back(order[i]);
   return kept;
 }
 
@@ -89,7 +99,6 @@ std::vector<int64_t> kept_of(const Tensor& boxes, const Tensor& scores, const st
     check_same_device(kNms, "idxs", *idxs, boxes);
     groups = torch::stable::contiguous(*idxs);
   }
-  PYSEG_CHECK(boxes.size(0) < int64_t{1} << 24, kNms, ": boxes must be fewer than 2^24, got ", boxes.size(0));
   const int64_t* group = idxs ? static_cast<const int64_t*>(groups.data_ptr()) : nullptr;
   const Tensor values = as(scores, ScalarType::Double);
   const auto order = order_of(static_cast<const double*>(values.data_ptr()), boxes.size(0));

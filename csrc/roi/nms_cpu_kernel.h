@@ -8,13 +8,17 @@
 
 namespace pyseg {
 
+// Boxes of one group after the other, each group by falling score and padded to whole vectors with empty boxes: those
+// of different groups are no rivals.
 struct NmsArgs {
-  int64_t count, padded;  // of boxes; padded to whole vectors, with empty boxes of no class
+  int64_t groups;
+  const int64_t* begin;  // [groups + 1]
+  const int64_t* count;  // [groups]: boxes without the padding
+  int64_t total;         // begin[groups]
   bool float64;
-  const void* coordinates;  // x1, y1, x2, y2, area: [5, padded] of float or double, by falling score
-  const void* group;        // [padded] of the same type and exact, or null: boxes of others are no rivals
+  const void* coordinates;  // x1, y1, x2, y2, area: [5, total] of float or double
   double threshold;
-  void* removed;  // [padded] of the same type, zeroed: set where a box is removed
+  void* removed;  // [total] of the same type, zeroed: set where a box is removed
 };
 
 constexpr int64_t kNmsPadding = 16;  // boxes

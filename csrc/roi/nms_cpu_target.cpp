@@ -3,7 +3,7 @@
 //
 // Boxes come by falling score; each that is not removed removes those after it that overlap it by more than the
 // threshold. A block of boxes is settled one by one; then all vectors of boxes behind it are compared with those of the
-// block that stay, the vector's coordinates in registers, shared out among threads.
+// block that stay, the vector's coordinates in registers. Threads take groups, or such vectors of a single group.
 #include "roi/nms_cpu_kernel.h"
 
 #include "common/cpu_workers.h"
@@ -32,29 +32,35 @@ class Nms {
 
  public:
   explicit Nms(const NmsArgs& a)
-      : a_(a),
-        box_(static_cast<const A*>(a.coordinates)),
-        group_(static_cast<const A*>(a.group)),
-        removed_(static_cast<A*>(a.removed)) {}
+      : a_(a), box_(static_cast<const A*>(a.coordinates)), removed_(static_cast<A*>(a.removed)) {}
 
   void run(const Workers& workers) const {
+    if (a_.groups == 1) return settle(0, workers);
+    const Workers alone{1, workers.run};
+    for_each_part(workers, a_.groups, [&](int64_t, int64_t first, int64_t last) {
+      for (int64_t group = first; group < last; ++group) settle(group, alone);
+    });
+  }
+
+ private:
+  void settle(int64_t group, const Workers& workers) const {
+    const int64_t last = a_.begin[group] + a_.count[group], padded = a_.begin[group + 1];
     int64_t kept[kBlock];
-    for (int64_t begin = 0; begin < a_.count; begin += kBlock) {
-      const int64_t end = smaller(begin + kBlock, a_.padded);
+    for (int64_t begin = a_.begin[group]; begin < last; begin += kBlock) {
+      const int64_t end = smaller(begin + kBlock, padded);
       int64_t number = 0;
-      for (int64_t i = begin; i < smaller(end, a_.count); ++i) {
+      for (int64_t i = begin; i < smaller(end, last); ++i) {
         if (removed_[i] != A(0)) continue;
         kept[number++] = i;
         for (int64_t j = i / kLane * kLane; j < end; j += kLane) remove(j, i + 1, &i, 1);
       }
-      for_each_part(workers, (a_.padded - end) / kLane, [&](int64_t, int64_t first, int64_t last) {
+      for_each_part(workers, (padded - end) / kLane, [&](int64_t, int64_t first, int64_t last) {
         for (int64_t v = first; v < last; ++v) remove(end + v * kLane, 0, kept, number);
       });
     }
   }
 
- private:
-  const A* row(int i) const { return box_ + i * a_.padded; }
+  const A* row(int i) const { return box_ + i * a_.total; }
 
   // Sets removed_ of boxes j .. j + kLane - 1, but none before `from`, that one of the `number` boxes overlaps.
   void remove(int64_t j, int64_t from, const int64_t* boxes, int64_t number) const {
@@ -69,9 +75,7 @@ class Nms {
       const V height = (y2 < bottom ? y2 : bottom) - (y1 < top ? top : y1);
       const V overlap = rounded<A>((width < zero ? zero : width) * (height < zero ? zero : height));
       const V together = broadcast<A>(row(4)[i]) + area - overlap;
-      auto over = rounded<A>(overlap / together) > threshold;
-      if (group_ != nullptr) over &= load(group_ + j) == broadcast<A>(group_[i]);
-      removed = over ? one : removed;
+      removed = rounded<A>(overlap / together) > threshold ? one : removed;
     }
     if (j >= from) return store(removed_ + j, removed);
     for (int64_t lane = 0; lane < kLane; ++lane)
@@ -80,7 +84,6 @@ class Nms {
 
   const NmsArgs& a_;
   const A* const box_;
-  const A* const group_;
   A* const removed_;
 };
 

@@ -14,7 +14,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     the results of torchvision.ops.nms, to the last bit.
 
     Args:
-        boxes: [K, 4] of x1, y1, x2, y2, any floating dtype (computed in float32, or float64); K < 2^24.
+        boxes: [K, 4] of x1, y1, x2, y2, any floating dtype (computed in float32, or float64).
         scores: [K]. Of equal scores the first row goes first; NaN counts as the largest.
         iou_threshold: overlaps beyond it remove.
 
@@ -31,8 +31,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """`nms` of each class by itself, in one pass: boxes of different `idxs` [K] int64 do not remove each other.
 
-    The kept rows over all classes, by falling score: the results of torchvision.ops.batched_nms. Boxes are compared
-    where they are, not moved apart by class, so that large coordinates lose no precision.
+    The kept rows over all classes, by falling score, equal ones in their order: the results of
+    torchvision.ops.batched_nms, which above 1000 boxes leaves the order of equal scores open. Boxes are compared where
+    they are, not moved apart by class, so that large coordinates lose no precision.
     """
     return torch.ops.pyseg.nms(boxes.detach(), scores.detach(), idxs, iou_threshold)
 
