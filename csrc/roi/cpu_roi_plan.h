@@ -65,7 +65,7 @@ class Plans {
       for (int64_t i = first; i < last; ++i)
         for (int axis = 0; axis < kAxes; ++axis)
           if (axis >= kAxes - plans_[i].box.dims) {
-            fill_taps(plans_[i].box.axis[axis], plans_[i].taps[axis], plans_[i].begin[axis]);
+            fill_taps(plans_[i].box, axis, plans_[i].taps[axis], plans_[i].begin[axis]);
           } else {
             plans_[i].taps[axis][0] = {0, A(1)};
             plans_[i].begin[axis][0] = 0;
@@ -119,13 +119,14 @@ class Plans {
     return axis.bins * larger<int64_t>(1, smaller(smaller(spanned, axis.size), 2 * axis.samples));
   }
 
-  static void fill_taps(const roi::Axis<A>& axis, Tap<A>* taps, int32_t* begin) {
+  static void fill_taps(const roi::Box<A>& box, int axis_number, Tap<A>* taps, int32_t* begin) {
+    const roi::Axis<A>& axis = box.axis[axis_number];
     int32_t count = 0;
     const A part = A(1) / A(larger<int64_t>(axis.samples, 1));
     for (int64_t p = 0; p < axis.bins; ++p) {
       begin[p] = count;
       int64_t first, last;
-      roi::samples_on_map(axis, p, &first, &last);
+      roi::samples_on_map(box, axis_number, p, &first, &last);
       // Points advance in one direction, so a row that has been met before was among the last few.
       const auto add = [&](int64_t at, A weight) {
         for (int32_t i = count - 1; i >= begin[p] && i >= count - 4; --i)
@@ -194,11 +195,7 @@ template <typename A, typename F>
 inline void each_sample(const roi::Box<A>& box, int64_t z, int64_t y, int64_t x, const F& f) {
   const int64_t p[kAxes] = {z, y, x};
   int64_t first[kAxes], last[kAxes], i[kAxes];
-  for (int axis = 0; axis < kAxes; ++axis) {
-    first[axis] = 0;
-    last[axis] = box.axis[axis].samples;
-    if (!box.rotated) roi::samples_on_map(box.axis[axis], p[axis], &first[axis], &last[axis]);
-  }
+  for (int axis = 0; axis < kAxes; ++axis) roi::samples_on_map(box, axis, p[axis], &first[axis], &last[axis]);
   for (i[kZ] = first[kZ]; i[kZ] < last[kZ]; ++i[kZ])
     for (i[kY] = first[kY]; i[kY] < last[kY]; ++i[kY])
       for (i[kX] = first[kX]; i[kX] < last[kX]; ++i[kX]) f(roi::make_sample(box, p, i));

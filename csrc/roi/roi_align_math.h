@@ -57,6 +57,7 @@ struct Box {
   int dims;
   bool rotated;
   A centre_x, centre_y, cosine, sine;  // of rotated boxes, whose axes start at minus half their length
+  A least[kAxes], most[kAxes];         // along the box's own axes, no point beyond lies on the map
 };
 
 template <typename A>
@@ -84,6 +85,8 @@ PYSEG_ROI_INLINE Box<A> make_box(const A* row, A scale, const Sampling& sampling
   box.rotated = sampling.kind == BoxKind::kRotated;
   box.dims = sampling.kind == BoxKind::kAligned3d ? 3 : 2;
   box.axis[kZ] = {A(0), A(1), 1, 1, 1, false};
+  box.least[kZ] = A(-1);
+  box.most[kZ] = A(1);
   if (box.rotated) {
     const A angle = row[5] * A(3.14159265358979323846 / 180);
     box.centre_x = row[1] * scale - offset;
@@ -94,11 +97,22 @@ PYSEG_ROI_INLINE Box<A> make_box(const A* row, A scale, const Sampling& sampling
       box.axis[axis] = make_axis(A(0), (axis == kX ? row[3] : row[4]) * scale, sampling, axis, sizes[axis]);
       box.axis[axis].start = box.axis[axis].bin * A(box.axis[axis].bins) * A(-0.5);
     }
+    for (int corner = 0; corner < 4; ++corner) {  // of the map
+      const A x = (corner & 1 ? A(sizes[kX]) : A(-1)) - box.centre_x;
+      const A y = (corner & 2 ? A(sizes[kY]) : A(-1)) - box.centre_y;
+      const A own_x = x * box.cosine - y * box.sine, own_y = x * box.sine + y * box.cosine;
+      box.least[kX] = corner == 0 || own_x < box.least[kX] ? own_x : box.least[kX];
+      box.most[kX] = corner == 0 || own_x > box.most[kX] ? own_x : box.most[kX];
+      box.least[kY] = corner == 0 || own_y < box.least[kY] ? own_y : box.least[kY];
+      box.most[kY] = corner == 0 || own_y > box.most[kY] ? own_y : box.most[kY];
+    }
     return box;
   }
   for (int i = 0; i < box.dims; ++i) {  // x, y, z
     const A first = row[1 + i] * scale - offset, last = row[1 + i + box.dims] * scale - offset;
     box.axis[kX - i] = make_axis(first, last - first, sampling, kX - i, sizes[kX - i]);
+    box.least[kX - i] = A(-1);
+    box.most[kX - i] = A(sizes[kX - i]);
   }
   return box;
 }
@@ -117,20 +131,21 @@ PYSEG_ROI_INLINE A share(const Axis<A>& axis, int64_t p, int64_t i) {
 
 // The samples of bin p that can lie on the map: first <= i < last. Boxes far larger than the map have many that cannot.
 template <typename A>
-PYSEG_ROI_INLINE void samples_on_map(const Axis<A>& axis, int64_t p, int64_t* first, int64_t* last) {
+PYSEG_ROI_INLINE void samples_on_map(const Box<A>& box, int number, int64_t p, int64_t* first, int64_t* last) {
   constexpr int64_t kFew = 16;
+  const Axis<A>& axis = box.axis[number];
   *first = 0;
   *last = axis.samples;
   const double step = double(axis.bin) / double(axis.samples);
   if (axis.samples <= kFew || step == 0) return;
   const double base = double(axis.start) + double(p) * double(axis.bin);
-  const double at_low = (-1 - base) / step, at_high = (double(axis.size) - base) / step;
-  const double slack = 2 + 5e-7 * (at_low < 0 ? -at_low : at_low) + 5e-7 * (at_high < 0 ? -at_high : at_high);
-  const double low = (at_low < at_high ? at_low : at_high) - slack,
-               high = (at_low < at_high ? at_high : at_low) + slack;
+  const double at_least = (double(box.least[number]) - base) / step, at_most = (double(box.most[number]) - base) / step;
+  const double slack = 2 + 5e-7 * (at_least < 0 ? -at_least : at_least) + 5e-7 * (at_most < 0 ? -at_most : at_most);
+  const double low = (at_least < at_most ? at_least : at_most) - slack;
+  const double high = (at_least < at_most ? at_most : at_least) + slack;
   const double most = double(axis.samples);
-  *first = int64_t(low < 0 ? 0 : low < most ? low : most);
-  *last = int64_t(high < 0 ? 0 : high < most ? high : most);
+  *first = int64_t(low > 0 ? (low < most ? low : most) : 0);
+  *last = int64_t(high > 0 ? (high < most ? high : most) : 0);
 }
 
 // A coordinate between two elements of an axis. The value is w_low * v[low] + w_high * v[high], its derivative

@@ -20,9 +20,15 @@ from pyseg import functional as F
 from pyseg._accelerate.measure import Example, _clone, difference, interleaved_ms, tensors_in
 from pyseg._accelerate.modules import is_accelerated
 from pyseg._accelerate.report import Row
-from pyseg._ops.atrous_conv2d import DEVICES
 from pyseg.nn.roi_align import pooled
 
+# Devices whose kernels are in this installation.
+_OPERATORS = ("roi_align", "multiscale_roi_align", "nms", "paste_masks", "crop_masks")
+_DEVICES = frozenset(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if all(torch._C._dispatch_has_kernel_for_dispatch_key(f"pyseg::{name}", key) for name in _OPERATORS)
+)
 _DEPTH = 4  # functions that call functions that call ours
 
 
@@ -199,7 +205,7 @@ _POOLERS: dict[tuple[str, ...], Callable[[type[nn.Module]], Callable[..., Tensor
 
 def _ours(*tensors: Tensor) -> bool:
     """Whether our kernels take them; what they do not take goes the way that it went."""
-    return all(t.device.type in DEVICES and t.is_floating_point() and not t.is_quantized for t in tensors)
+    return all(t.device.type in _DEVICES and t.is_floating_point() and not t.is_quantized for t in tensors)
 
 
 # ---- functions ----

@@ -189,6 +189,19 @@ def test_boxes_without_end(roi_device):
         for ratio in (0, 2):
             got = roi_align(make_map((1, 3, 5, 6)).to(roi_device), boxes.to(roi_device), 2, 1.0, ratio, True, mode=mode)
             assert got.isfinite().all()
+    rotated = torch.tensor([[0.0, 2.0, 3.0, 1e9, 1e9, 30.0], [0.0, 1e5, 1e5, 3e5, 3e5, 45.0], [0.0, 3, 2, 1e30, 4, 5]])
+    for mode in ("avg", "max"):
+        got = roi_align(make_map((1, 3, 5, 6)).to(roi_device), rotated.to(roi_device), 2, mode=mode)
+        assert got.isfinite().all()
+
+
+def test_large_rotated_boxes(roi_device):
+    """Points off the map are left out, none on it: as without leaving any out."""
+    boxes = torch.tensor([[0.0, 5.0, 4.0, 90.0, 60.0, 33.0], [0.0, -20.0, 30.0, 80.0, 120.0, -70.0]])
+    input = make_map((1, 3, 9, 11))
+    for mode in ("avg", "max"):
+        got = roi_align(input.to(roi_device), boxes.to(roi_device), 2, mode=mode)
+        assert_near(got, reference.roi_align(input, boxes, (2, 2), mode=mode))
 
 
 def test_nothing_to_compute(roi_device):
