@@ -1,5 +1,6 @@
 """Drawing segmentations: overlays, cut-outs and panels of pictures. Needs Pillow (the `demo` extra brings it)."""
 
+import colorsys
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,68 @@ def overlay_mask(
     result = weight * tinted + (1 - weight) * shaded
     result[_edge(mask >= 0.5)] = color
     return np.rint(result).astype(np.uint8)
+
+
+def display_instances(
+    image: Image,
+    boxes: npt.NDArray[Any],
+    masks: npt.NDArray[Any] | None,
+    class_ids: Sequence[int],
+    class_names: Sequence[str],
+    scores: Sequence[float] | None = None,
+    *,
+    alpha: float = 0.45,
+    show_boxes: bool = True,
+    show_captions: bool = True,
+) -> Image:
+    """Draws detected objects: each one's mask tinted, with its contour, its box and a caption in a colour of its own.
+
+    Args:
+        image: [H, W, 3] uint8.
+        boxes: [K, 4] of x1, y1, x2, y2 in pixels, as detectors return them.
+        masks: [K, H, W], bool or 0 to 1; None for boxes alone.
+        class_ids: [K], positions in `class_names`.
+        class_names: the names of all classes.
+        scores: [K], written behind the names where they are given.
+        alpha: strength of the tint.
+        show_boxes, show_captions: whether to draw them.
+
+    Returns: [H, W, 3] uint8. Later objects are drawn over earlier ones.
+    """
+    from PIL import Image as PILImage
+    from PIL import ImageDraw, ImageFont
+
+    name = "display_instances"
+    count = len(boxes)
+    for what, values in (("masks", masks), ("class_ids", class_ids), ("scores", scores)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name}: {what} must have {count} elements for as many boxes, got {len(values)}")
+    colors = [_instance_color(i) for i in range(count)]
+    pixels = image.astype(np.float32)
+    if masks is None:
+        _check(name, image, np.empty(image.shape[:2]))
+    else:
+        for mask, color in zip(masks, colors, strict=True):
+            _check(name, image, mask)
+            inside = mask.astype(np.float32) >= 0.5
+            pixels[inside] += alpha * (np.asarray(color, np.float32) - pixels[inside])
+            pixels[_edge(inside)] = color
+    picture = PILImage.fromarray(np.rint(pixels).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=max(10, min(image.shape[:2]) // 40))
+    for i, (box, color) in enumerate(zip(np.asarray(boxes, np.float64), colors, strict=True)):
+        x1, y1, x2, y2 = (float(value) for value in box)
+        if show_boxes:
+            draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=color, width=1)
+        if show_captions:
+            text = class_names[int(class_ids[i])] + ("" if scores is None else f" {float(scores[i]):.2f}")
+            right, bottom = draw.textbbox((0, 0), text, font=font)[2:]
+            # Above the box, and within the image.
+            x = max(0.0, min(x1, image.shape[1] - right - 2))
+            y = max(0.0, min(y1 - bottom - 2, image.shape[0] - bottom - 2))
+            draw.rectangle((x, y, x + right + 2, y + bottom + 2), fill=color)
+            draw.text((x + 1, y + 1), text, fill=_INK, font=font)
+    return np.asarray(picture).copy()
 
 
 def cutout(image: Image, mask: npt.NDArray[np.floating[Any]]) -> Image:
@@ -91,6 +154,12 @@ def save_panel(
     if caption:
         draw.text((_GAP, height + line + 2 * _GAP), caption, fill=_INK, font=font)
     panel.save(path)
+
+
+def _instance_color(index: int) -> Color:
+    """Hues a golden ratio apart: neighbours in the list differ, and no two are alike for long."""
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 1)
+    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def _check(name: str, image: Image, mask: npt.NDArray[Any]) -> None:

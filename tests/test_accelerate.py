@@ -638,7 +638,7 @@ def test_report_reads_well():
     report = pyseg.report(pyseg.accelerate(settle(sequential())))
     lines = str(report).splitlines()
     assert lines[0].split() == ["module", "was", "became", "how", "and", "why"]
-    assert "7 of 7 convolutions accelerated, memory format unchanged" in lines
+    assert "7 of 7 modules accelerated, memory format unchanged" in lines
     assert report.to_markdown().startswith("| module | was | became | how and why |\n| --- |")
     assert report.to_dict()["rows"][0]["name"] == "0"
 

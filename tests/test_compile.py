@@ -286,3 +286,43 @@ def test_metric_module():
         step(x, target)
         total = total + confusion_matrix(x.sin(), target)
     assert torch.equal(metric.compute(), total)
+
+
+# ---- roi_align ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_roi_align(backend):
+    """One map and a pyramid, forward and backward, for sizes and numbers of boxes that change without recompiling."""
+
+    def function(x, y, boxes):
+        one = pyseg.functional.roi_align(x.sin(), boxes, 3, 0.5, 2)
+        all_levels = pyseg.functional.multiscale_roi_align([x, y], boxes, 3, [1.0, 0.5], 2, canonical_size=6)
+        return one.cos() + all_levels
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = compiled(function, counter)
+    for count, x in zip(
+        (13, 15, 17), images("cpu", (2, 8, 9), (3, 10, 6), (4, 11, 7), requires_grad=True), strict=True
+    ):
+        y = torch.randn(x.shape[0], 5, x.shape[2] + 20, x.shape[3] + 30, requires_grad=True)
+        boxes = torch.rand(count, 5) * torch.tensor([1.9, 4, 4, 9, 9])  # sizes that differ are different symbols
+        boxes = torch.cat([boxes[:, :1].floor(), boxes[:, 1:]], 1)
+        results = []
+        for f in (function, fast):
+            z = f(x, y, boxes)
+            results.append([z, *torch.autograd.grad(z.square().sum(), (x, y))])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1
+
+
+def test_multiscale_roi_align_module():
+    pooler = pyseg.nn.MultiScaleRoIAlign(["0", "1"], 3, 2, canonical_scale=6)
+    fast = compiled(pooler, "aot_eager")
+    for (x,) in (images("cpu", (2, 8, 12)), images("cpu", (2, 16, 10))):
+        features = {"0": x, "1": x[..., ::2, ::2].contiguous(), "pool": x}
+        boxes = [torch.tensor([[1.0, 2, 5, 6]]), torch.tensor([[0.0, 0, 7, 7], [2, 1, 3, 4]])]
+        shapes = [(x.shape[2], x.shape[3])] * 2
+        torch.testing.assert_close(fast(features, boxes, shapes), pooler(features, boxes, shapes))

@@ -218,3 +218,33 @@ def test_unet_trains(tmp_path):
         done = subprocess.run([*command[:2], *arguments], capture_output=True, text=True, timeout=600, env=environment)
         assert done.returncode == 2
         assert message in done.stderr
+
+
+def test_display_instances():
+    from pyseg.visualize import display_instances
+
+    image = np.full((60, 80, 3), 100, np.uint8)
+    masks = np.zeros((2, 60, 80), bool)
+    masks[0, 30:50, 10:30] = True
+    masks[1, 20:40, 50:70] = True
+    boxes = np.array([[10, 30, 29, 49], [50, 20, 69, 39]], np.float32)
+    drawn = display_instances(image, boxes, masks, [1, 0], ["disc", "square"], [0.91, 0.5])
+    assert drawn.shape == image.shape
+    assert drawn.dtype == np.uint8
+    assert (image == 100).all()
+    first, second = drawn[40, 20], drawn[30, 60]
+    assert (first != 100).any()
+    assert (second != first).any()
+    assert (drawn[55, 75] == 100).all()  # background stays
+    assert (drawn[30, 20] != drawn[40, 20]).any()  # the contour and box differ from the tint
+    assert (drawn[:29, 10:20] != 100).any()  # the caption stands above the box
+    plain = display_instances(image, boxes, masks.astype(np.float32), [1, 0], ["disc", "square"], show_captions=False)
+    assert (plain[:15] == 100).all()
+    only_boxes = display_instances(image, boxes, None, [1, 0], ["disc", "square"], show_captions=False)
+    assert (only_boxes[40, 20] == 100).all()
+    assert (only_boxes[30, 20] != 100).any()
+    assert (display_instances(image, boxes[:0], masks[:0], [], []) == image).all()
+    with pytest.raises(ValueError, match="display_instances: scores must have 2 elements for as many boxes, got 1"):
+        display_instances(image, boxes, masks, [1, 0], ["disc", "square"], [0.5])
+    with pytest.raises(ValueError, match=r"mask must be \[60, 80\], got \[59, 80\]"):
+        display_instances(image, boxes, masks[:, 1:], [1, 0], ["disc", "square"])

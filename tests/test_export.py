@@ -148,3 +148,26 @@ def test_confusion_matrix(device, strict):
     for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), equal_nan=True)
+
+
+class Pooled(nn.Module):
+    def forward(self, x, boxes):
+        half = nn.functional.avg_pool2d(x, 2)
+        levels = pyseg.functional.multiscale_roi_align([x, half], boxes, 3, [1.0, 0.5], canonical_size=6)
+        return pyseg.functional.roi_align(x, boxes, (2, 3), aligned=True, mode="max"), levels
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_roi_align(strict):
+    def example(n, h, w, count):
+        index = torch.arange(count)[:, None] % n
+        return torch.randn(n, 6, h, w), torch.cat([index, torch.rand(count, 4) * 4 + torch.tensor([0, 0, 4, 4])], 1)
+
+    shapes = {"x": {0: Dim("n"), 2: Dim("h", min=4, max=99), 3: Dim("w", min=4, max=99)}, "boxes": {0: Dim("k")}}
+    exported = torch.export.export(Pooled(), example(2, 9, 8, 4), dynamic_shapes=shapes, strict=strict)
+    program = saved_and_loaded(exported)
+    assert torch.ops.pyseg.multiscale_roi_align.default in [node.target for node in program.graph.nodes]
+    for size in ((2, 9, 8, 4), (1, 5, 12, 1), (4, 17, 5, 9)):
+        arguments = example(*size)
+        for got, expected in zip(program.module()(*arguments), Pooled()(*arguments), strict=True):
+            torch.testing.assert_close(got, expected)

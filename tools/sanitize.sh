@@ -28,6 +28,9 @@ operators=(
   tests/loss/test_pixel_cross_entropy.py
   tests/loss/test_lovasz_statistics.py
   tests/metric/test_confusion_matrix.py
+  tests/roi/test_roi_align.py
+  tests/roi/test_paste_masks.py
+  tests/roi/test_nms.py
 )
 
 echo "sanitize: address, undefined"

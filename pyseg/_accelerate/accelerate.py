@@ -31,6 +31,11 @@ def accelerate(
     into the weights. What follows what is read off the forwards of the model's modules by torch.fx; a module whose
     forward cannot be followed keeps its batch norms. In training mode nothing is folded.
 
+    Of detectors also changes, where they are faster: RoIAlign and its pyramids (torchvision's MultiScaleRoIAlign and
+    RoIAlign, detectron2's ROIPooler and ROIAlign, mmcv's RoIAlign), the non-maximum suppression, mask pasting and mask
+    targets in the methods of torchvision's detectors, and detectron2's suppression. They are recognised by name and
+    structure.
+
     The modules stay the same objects, with the same parameters, buffers, hooks and state_dict keys; only their classes
     change, and the strides of their weights where channels_last is chosen. `restore` undoes all of it, `report` tells
     what was done. A model that is accelerated already is returned as it is. Copies, pickles, torch.compile and

@@ -70,6 +70,10 @@ class Swaps:
         if relu is not None and not is_accelerated(relu):
             self._swap(relu, FoldedReLU, _pyseg_chain=None if chain.relu_shared else chain)
 
+    def attach_part(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        """Makes a part of a detector a `kind`."""
+        self._swap(module, kind)
+
     def _swap(self, module: nn.Module, kind: type[nn.Module], **attributes: object) -> None:
         original, before = type(module), set(module.__dict__)
         module.__class__ = kind

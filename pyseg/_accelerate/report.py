@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass
 class Row:
-    """One convolution of the model. Times are medians of one call on one of the example's inputs."""
+    """One convolution or part of a detector. Times are medians of one call on one of the example's inputs."""
 
     name: str
     original: str
@@ -75,7 +75,7 @@ class Report:
 
     def _summary(self) -> list[str]:
         changed = sum(bool(row.became) for row in self.rows)
-        lines = [f"{changed} of {len(self.rows)} convolutions accelerated, memory format {self.memory_format}"]
+        lines = [f"{changed} of {len(self.rows)} modules accelerated, memory format {self.memory_format}"]
         if self.before_ms is not None and self.after_ms is not None:
             times = f"{_ms(self.before_ms)} ms before, {_ms(self.after_ms)} ms after"
             lines.append(f"whole model: {times}, {_ratio(self.before_ms, self.after_ms)} times as fast")

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from pyseg._accelerate.chains import Found, find_convolutions
+from pyseg._accelerate.detection import find_parts, time_parts
 from pyseg._accelerate.layout import ChannelsLast
 from pyseg._accelerate.measure import Example, Outputs, difference, interleaved_ms
 from pyseg._accelerate.modules import Chain, FusedAtrousConv2d, Swaps
@@ -31,6 +32,7 @@ class Session:
         self._say = say
         self._swaps = Swaps()
         self._layout = ChannelsLast(model)
+        self._parts = self._used = find_parts(model)  # of detectors; those that are to be changed
         self.chains = [each.chain for each in self._found if each.chain is not None]
 
     def apply(self, choice: dict[Chain, Form], channels_last: bool) -> None:
@@ -38,6 +40,8 @@ class Session:
         for chain, form in choice.items():
             if form is not None:
                 self._swaps.attach(chain, form, self._exact)
+        for part in self._used:
+            self._swaps.attach_part(part.module, part.kind)
 
     def undo(self) -> None:
         self._swaps.set(True)
@@ -67,10 +71,13 @@ class Session:
         self._layout.set(channels_last)
         try:
             trial = Stopwatch(self.chains, example, self._exact, self._say).run()
+            if self._parts:
+                time_parts(self._parts, example)
+                self._used = [part for part in self._parts if part.faster]
         finally:
             self._layout.set(False)
         choice = {chain: trial.choose(chain) for chain in self.chains}
-        if not any(choice.values()) and not (channels_last and self._layout):
+        if not any(choice.values()) and not self._used and not (channels_last and self._layout):
             return Report(self._rows(choice, trial), notes=[*notes, "nothing is faster than what the model has"])
         self._say("timing the whole model")
         report = self._race(example, trial, choice, channels_last, expected, tolerance, rounds)
@@ -173,7 +180,8 @@ class Session:
 
     def _rows(self, choice: dict[Chain, Form], trial: Trial | None) -> list[Row]:
         """While `choice` is applied."""
-        return [_row(each, None if each.chain is None else choice.get(each.chain), trial) for each in self._found]
+        rows = [_row(each, None if each.chain is None else choice.get(each.chain), trial) for each in self._found]
+        return rows + [part.row(part in self._used) for part in self._parts]
 
 
 def _row(found: Found, form: Form, trial: Trial | None) -> Row:

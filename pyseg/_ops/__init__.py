@@ -6,5 +6,8 @@ from pyseg._ops import confusion_matrix as confusion_matrix
 from pyseg._ops import distance_transform as distance_transform
 from pyseg._ops import hausdorff_dt as hausdorff_dt
 from pyseg._ops import lovasz_statistics as lovasz_statistics
+from pyseg._ops import nms as nms
+from pyseg._ops import paste_masks as paste_masks
 from pyseg._ops import pixel_cross_entropy as pixel_cross_entropy
+from pyseg._ops import roi_align as roi_align
 from pyseg._ops import segmentation_statistics as segmentation_statistics

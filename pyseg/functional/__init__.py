@@ -6,6 +6,13 @@ from pyseg.functional.distance_transform import distance_to_two_nearest_objects 
 from pyseg.functional.distance_transform import distance_transform as distance_transform
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
+from pyseg.functional.nms import batched_nms as batched_nms
+from pyseg.functional.nms import nms as nms
+from pyseg.functional.nms import nms_padded as nms_padded
+from pyseg.functional.paste_masks import crop_masks as crop_masks
+from pyseg.functional.paste_masks import paste_masks as paste_masks
+from pyseg.functional.roi_align import multiscale_roi_align as multiscale_roi_align
+from pyseg.functional.roi_align import roi_align as roi_align
 from pyseg.functional.segmentation_metrics import dice as dice
 from pyseg.functional.segmentation_metrics import frequency_weighted_iou as frequency_weighted_iou
 from pyseg.functional.segmentation_metrics import iou as iou
@@ -20,16 +27,23 @@ from pyseg.functional.surface_distance import surface_dice as surface_dice
 __all__ = [
     "atrous_conv2d",
     "average_surface_distance",
+    "batched_nms",
     "confusion_matrix",
+    "crop_masks",
     "dice",
     "distance_to_two_nearest_objects",
     "distance_transform",
     "frequency_weighted_iou",
     "hausdorff_distance",
     "iou",
+    "multiscale_roi_align",
+    "nms",
+    "nms_padded",
+    "paste_masks",
     "pixel_accuracy",
     "precision",
     "recall",
+    "roi_align",
     "specificity",
     "surface_dice",
     *_losses,

@@ -6,5 +6,13 @@ from pyseg.nn.losses import *  # noqa: F403
 from pyseg.nn.losses import __all__ as _losses
 from pyseg.nn.metrics import ConfusionMatrix as ConfusionMatrix
 from pyseg.nn.metrics import SegmentationMetrics as SegmentationMetrics
+from pyseg.nn.roi_align import MultiScaleRoIAlign as MultiScaleRoIAlign
 
-__all__ = ["AtrousConv2d", "AtrousConv2dPlan", "ConfusionMatrix", "SegmentationMetrics", *_losses]
+__all__ = [
+    "AtrousConv2d",
+    "AtrousConv2dPlan",
+    "ConfusionMatrix",
+    "MultiScaleRoIAlign",
+    "SegmentationMetrics",
+    *_losses,
+]

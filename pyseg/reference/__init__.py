@@ -5,7 +5,11 @@ from pyseg.reference.confusion_matrix import confusion_matrix as confusion_matri
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
 from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
+from pyseg.reference.paste_masks import nms as nms
+from pyseg.reference.paste_masks import paste_masks as paste_masks
 from pyseg.reference.pixel_cross_entropy import pixel_cross_entropy as pixel_cross_entropy
+from pyseg.reference.roi_align import multiscale_roi_align as multiscale_roi_align
+from pyseg.reference.roi_align import roi_align as roi_align
 from pyseg.reference.segmentation_statistics import segmentation_statistics as segmentation_statistics
 from pyseg.reference.surface_distance import average_surface_distance as average_surface_distance
 from pyseg.reference.surface_distance import hausdorff_distance as hausdorff_distance
@@ -19,7 +23,11 @@ __all__ = [
     "distance_transform",
     "hausdorff_distance",
     "lovasz_statistics",
+    "multiscale_roi_align",
+    "nms",
+    "paste_masks",
     "pixel_cross_entropy",
+    "roi_align",
     "segmentation_statistics",
     "surface_dice",
 ]

@@ -1,0 +1,55 @@
+// Where a mask lies in its image, as torchvision pastes it: the mask gets a frame of `padding` zeros, its box grows in
+// proportion about its centre and is cut to whole pixels, and the framed mask is resized to the box, last pixel
+// included, with bilinear interpolation. Torch-free; shared by host and device.
+#pragma once
+
+#include "roi/roi_align_math.h"
+
+namespace pyseg::roi {
+
+// One axis: the box covers pixels first .. first + length - 1 of the image, of which `begin` .. `end` - 1 are in it.
+struct PasteAxis {
+  int64_t first, length, begin, end;
+};
+
+// Each operation rounds by itself, as in torch: no multiply-add may be fused here (the CPU code that calls it is
+// compiled without them).
+template <typename A>
+PYSEG_ROI_INLINE PasteAxis paste_axis(A low, A high, int64_t mask_size, int64_t padding, int64_t image_size) {
+  constexpr double kFar = double(int64_t{1} << 60);
+  const A scale = A(double(mask_size + 2 * padding) / double(mask_size));
+  const A half = (high - low) * A(0.5), centre = (high + low) * A(0.5);
+  const A reach = half * scale;
+  const double from = double(centre - reach), to = double(centre + reach);
+  const int64_t first = int64_t(from < -kFar ? -kFar : from > kFar ? kFar : from);
+  const int64_t last = int64_t(to < -kFar ? -kFar : to > kFar ? kFar : to);
+  PasteAxis axis;
+  axis.first = first;
+  axis.length = last - first + 1 > 1 ? last - first + 1 : 1;
+  axis.begin = first > 0 ? first : 0;
+  axis.end = last + 1 < image_size ? last + 1 : image_size;
+  if (axis.end < axis.begin) axis.end = axis.begin;
+  return axis;
+}
+
+// The two elements of the framed mask (0 .. size - 1) between which pixel `at` of the image lies.
+template <typename A>
+struct PastePoint {
+  int64_t low, high;
+  A w_low, w_high;
+};
+
+template <typename A>
+PYSEG_ROI_INLINE PastePoint<A> paste_point(const PasteAxis& axis, int64_t at, int64_t size) {
+  const A step = A(size) / A(axis.length);
+  A source = step * (A(at - axis.first) + A(0.5)) - A(0.5);
+  if (source < A(0)) source = A(0);
+  PastePoint<A> point;
+  point.low = int64_t(source) < size - 1 ? int64_t(source) : size - 1;
+  point.high = point.low + (point.low < size - 1 ? 1 : 0);
+  point.w_high = source - A(point.low);
+  point.w_low = A(1) - point.w_high;
+  return point;
+}
+
+}  // namespace pyseg::roi

@@ -1,0 +1,115 @@
+// Checks of the RoI operators' arguments, the same on every device. Messages name operator, argument, expected, got.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/check.h"
+#include "common/element.h"
+#include "roi/roi_align_math.h"
+
+namespace pyseg::roi {
+
+using Ints = std::vector<int64_t>;
+using Floats = std::vector<double>;
+using Tensors = std::vector<torch::stable::Tensor>;
+
+constexpr const char* kAlign = "roi_align";
+constexpr const char* kMultiscale = "multiscale_roi_align";
+constexpr const char* kAlignBackward = "_roi_align_backward";
+constexpr const char* kCrop = "crop_masks";
+constexpr const char* kPaste = "paste_masks";
+constexpr const char* kPasteRle = "paste_masks_rle";
+constexpr const char* kPasteBackward = "_paste_masks_backward";
+constexpr const char* kNms = "nms";
+
+inline Ints sizes_of(const torch::stable::Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+inline Element check_floats(const char* op, const char* name, const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Element::kFloat;
+    case ScalarType::Double: return Element::kDouble;
+    case ScalarType::Half: return Element::kHalf;
+    case ScalarType::BFloat16: return Element::kBFloat16;
+    default:
+      throw_error(op, ": ", name, " must be float32, float64, float16 or bfloat16, got torch.",
+                  torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+inline void check_same_device(const char* op, const char* name, const torch::stable::Tensor& t,
+                              const torch::stable::Tensor& like) {
+  PYSEG_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+              " must be on the device of the maps");
+}
+
+inline bool check_mode(const char* op, const std::string& mode) {
+  PYSEG_CHECK(mode == "avg" || mode == "max", op, ": mode must be avg or max, got ", mode);
+  return mode == "max";
+}
+
+// boxes [K, 5 or 6] for maps of two, [K, 7] for maps of three dimensions.
+inline BoxKind check_boxes(const char* op, const torch::stable::Tensor& boxes, int64_t dims) {
+  check_floats(op, "boxes", boxes);
+  const bool fits = boxes.dim() == 2 && (dims == 3 ? boxes.size(1) == 7 : boxes.size(1) == 5 || boxes.size(1) == 6);
+  PYSEG_CHECK(fits, op, ": boxes must be ", dims == 3 ? "[K, 7]" : "[K, 5] or [K, 6]", ", got ", boxes.sizes());
+  return dims == 3 ? BoxKind::kAligned3d : boxes.size(1) == 6 ? BoxKind::kRotated : BoxKind::kAligned2d;
+}
+
+inline Sampling check_sampling(const char* op, BoxKind kind, const Ints& output_size, int64_t ratio, bool aligned) {
+  const size_t dims = kind == BoxKind::kAligned3d ? 3 : 2;
+  bool positive = output_size.size() == dims;
+  for (const int64_t size : output_size) positive = positive && size > 0 && size < int64_t{1} << 20;
+  PYSEG_CHECK(positive, op, ": output_size must be ", dims, " positive integers, got ", output_size);
+  PYSEG_CHECK(ratio < kMostSamples, op, ": sampling_ratio must be below 2^30, got ", ratio);
+  Sampling sampling{kind, aligned, ratio, {1, 1, 1}};
+  for (size_t i = 0; i < dims; ++i) sampling.bins[kAxes - dims + i] = output_size[i];
+  return sampling;
+}
+
+// Sizes [N, C, H, W] or [N, C, D, H, W] of one map.
+inline void check_map_size(const char* op, const char* name, const Ints& size) {
+  PYSEG_CHECK(size.size() == 4 || size.size() == 5, op, ": ", name, " must be [N, C, H, W] or [N, C, D, H, W], got ",
+              size);
+}
+
+inline void check_scale(const char* op, const char* name, double scale) {
+  PYSEG_CHECK(scale > 0 && std::isfinite(scale), op, ": ", name, " must be positive and finite, got ", scale);
+}
+
+inline Element check_maps(const char* op, const char* name, const Tensors& maps, const torch::stable::Tensor& boxes) {
+  PYSEG_CHECK(!maps.empty(), op, ": ", name, " must not be empty");
+  const Element type = check_floats(op, name, maps[0]);
+  const Ints first = sizes_of(maps[0]);
+  check_map_size(op, name, first);
+  for (const torch::stable::Tensor& map : maps) {
+    const Ints size = sizes_of(map);
+    PYSEG_CHECK(size.size() == first.size() && size[0] == first[0] && size[1] == first[1], op, ": ", name,
+                " must have the same images and channels, got ", size, " beside ", first);
+    PYSEG_CHECK(map.scalar_type() == maps[0].scalar_type(), op, ": ", name, " must have one dtype");
+    check_same_device(op, name, map, maps[0]);
+  }
+  check_same_device(op, "boxes", boxes, maps[0]);
+  return type;
+}
+
+// Shapes of masks [K, m_h, m_w], boxes [K, 4] and an image.
+inline void check_paste(const char* op, const Ints& masks, const torch::stable::Tensor& boxes, int64_t height,
+                        int64_t width, int64_t padding) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  PYSEG_CHECK(masks.size() == 3 && masks[1] > 0 && masks[2] > 0, op, ": masks must be [K, m_h, m_w], got ", masks);
+  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(0) == masks[0] && boxes.size(1) == 4, op, ": boxes must be [", masks[0],
+              ", 4] for as many masks, got ", boxes.sizes());
+  check_floats(op, "boxes", boxes);
+  PYSEG_CHECK(height >= 0 && width >= 0 && height < kMost && width < kMost, op,
+              ": image_size must not be negative, got ", height, " and ", width);
+  PYSEG_CHECK(padding >= 0 && padding < kMost, op, ": padding must not be negative, got ", padding);
+}
+
+}  // namespace pyseg::roi
