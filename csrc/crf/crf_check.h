@@ -179,7 +179,8 @@ inline MeanFieldShape check_mean_field(const torch::stable::Tensor& unary,
                                        const std::vector<torch::stable::Tensor>& compatibility) {
   check_maps(kMeanField, "unary", unary);
   const int64_t axes = unary.dim() - 2;
-  MeanFieldShape s{.images = unary.size(0), .classes = unary.size(1), .points = 1, .axes = {1, 1, 1}};
+  MeanFieldShape s{
+      .images = unary.size(0), .classes = unary.size(1), .points = 1, .axes = {1, 1, 1}, .lattices = 0, .gaussians = 0};
   for (int64_t i = 0; i < axes; ++i) {
     s.axes[3 - axes + i] = unary.size(2 + i);
     s.points *= unary.size(2 + i);

@@ -20,8 +20,8 @@ namespace pyseg::crf {
 
 constexpr int kMostFeatures = 8;
 
-// Coordinates of vertices are 16-bit numbers; a vertex and its neighbours differ from the base by at most this.
-static PYSEG_HOST_DEVICE constexpr int key_margin(int d) { return 2 * (d + 1); }
+// Coordinates of vertices are 16-bit numbers. Those of a point differ from its vertices' and their neighbours' by less.
+static PYSEG_HOST_DEVICE constexpr int key_margin(int d) { return 3 * (d + 1); }
 static PYSEG_HOST_DEVICE constexpr int most_coordinate(int d) { return 32767 - key_margin(d); }
 
 // What feature i is multiplied by before `embed`: the basis vectors of the hyperplane get length one, and the blur
@@ -31,23 +31,23 @@ static inline double feature_scale(int d, int i, double scale) {
 }
 
 // The point on the hyperplane for scaled features [d]: elevated[j] = sum of features j.. - j * feature j - 1.
-template <int kD, typename V>
+template <int kD, typename T, typename V>
 static PYSEG_HOST_DEVICE inline void embed(const V* scaled, V* elevated) {
   V sum = scaled[kD - 1];
-  elevated[kD] = scaled[kD - 1] * (-kD);
+  elevated[kD] = scaled[kD - 1] * T(-kD);
   for (int j = kD - 1; j > 0; --j) {
-    elevated[j] = sum - scaled[j - 1] * j;
+    elevated[j] = sum - scaled[j - 1] * T(j);
     sum = sum + scaled[j - 1];
   }
   elevated[0] = sum;
 }
 
 // The transpose of `embed`.
-template <int kD, typename V>
+template <int kD, typename T, typename V>
 static PYSEG_HOST_DEVICE inline void embed_transpose(const V* grad_elevated, V* grad_scaled) {
   V sum = grad_elevated[0];
   for (int i = 0; i < kD; ++i) {
-    grad_scaled[i] = sum - grad_elevated[i + 1] * (i + 1);
+    grad_scaled[i] = sum - grad_elevated[i + 1] * T(i + 1);
     sum = sum + grad_elevated[i + 1];
   }
 }
