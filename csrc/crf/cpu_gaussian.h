@@ -88,7 +88,8 @@ class GaussianFilter {
     if (a.radius[2] >= 0) elements = PaddedLine<T>::size(a.axes[2], a.radius[2]) + a.axes[2] + kLinePad;
     for (int axis = 0; axis < 2; ++axis)
       if (a.radius[axis] >= 0)
-        elements = larger(elements, spread_taps_size(a.radius[axis]) + (a.axes[axis] + kFirLines + 1) * (kStrip + kLinePad));
+        elements =
+            larger(elements, spread_taps_size(a.radius[axis]) + (a.axes[axis] + kFirLines + 1) * (kStrip + kLinePad));
     return (elements * int64_t(sizeof(T)) + 63) / 64 * 64;
   }
 
@@ -124,17 +125,18 @@ class GaussianFilter {
 
   void inner(const T* from, T* to, char* workspace) const {
     const int64_t width = args_.axes[2], radius = args_.radius[2];
-    for_each_part(workers_, args_.maps * args_.axes[0] * args_.axes[1], [&](int64_t worker, int64_t begin, int64_t end) {
-      T* const memory = reinterpret_cast<T*>(workspace + worker * worker_bytes(args_));
-      const PaddedLine<T> line(memory, radius);
-      T* const result = memory + PaddedLine<T>::size(width, radius);
-      memset(memory, 0, size_t(PaddedLine<T>::size(width, radius)) * sizeof(T));
-      for (int64_t row = begin; row < end; ++row) {
-        memcpy(line.data(), from + row * width, size_t(width) * sizeof(T));
-        fir_shifted(line.data(), 1, taps(2), radius, width, result);
-        memcpy(to + row * width, result, size_t(width) * sizeof(T));
-      }
-    });
+    for_each_part(workers_, args_.maps * args_.axes[0] * args_.axes[1],
+                  [&](int64_t worker, int64_t begin, int64_t end) {
+                    T* const memory = reinterpret_cast<T*>(workspace + worker * worker_bytes(args_));
+                    const PaddedLine<T> line(memory, radius);
+                    T* const result = memory + PaddedLine<T>::size(width, radius);
+                    memset(memory, 0, size_t(PaddedLine<T>::size(width, radius)) * sizeof(T));
+                    for (int64_t row = begin; row < end; ++row) {
+                      memcpy(line.data(), from + row * width, size_t(width) * sizeof(T));
+                      fir_shifted(line.data(), 1, taps(2), radius, width, result);
+                      memcpy(to + row * width, result, size_t(width) * sizeof(T));
+                    }
+                  });
   }
 
   // Along another axis: a strip of columns at a time is copied into lines of its own, so that lines lie side by side.
@@ -154,7 +156,8 @@ class GaussianFilter {
       for (int64_t at = begin; at < end; ++at) {
         const int64_t column = at % strips * kStrip, count = smaller(kStrip, columns - column);
         const int64_t offset = at / strips * length * columns + column;
-        for (int64_t i = 0; i < length; ++i) memcpy(lines + i * kStride, from + offset + i * columns, size_t(count) * sizeof(T));
+        for (int64_t i = 0; i < length; ++i)
+          memcpy(lines + i * kStride, from + offset + i * columns, size_t(count) * sizeof(T));
         for (int64_t i = 0; i < length; i += kFirLines) {
           const auto line = [&](int64_t k) {
             const int64_t source = i + k - radius;

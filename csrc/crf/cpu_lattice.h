@@ -225,7 +225,8 @@ class LatticeBuilder {
     const LatticeArgs& a = args_;
     const int64_t count = a.images * parts_;
     stretches_ = new (std::nothrow) Stretch[size_t(count)];
-    if (stretches_ == nullptr || !first_.grow(a.images + 1) || !layouts_.grow(larger<int64_t>(a.images, 1))) return false;
+    if (stretches_ == nullptr || !first_.grow(a.images + 1) || !layouts_.grow(larger<int64_t>(a.images, 1)))
+      return false;
     if (a.images > 0) memcpy(layouts_.data(), layouts, size_t(a.images) * sizeof(KeyLayout));
     for_each_part(workers, count, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) stretches_[s].good = build_stretch(s);

@@ -76,7 +76,8 @@ class VertexRows {
   // Before the first splat.
   void clear(const Workers& workers) {
     for_each_part(workers, bands_, [&](int64_t, int64_t begin, int64_t end) {
-      __builtin_memset(sums_ - rows_.stride() + begin * table_size_, 0, size_t((end - begin) * table_size_) * sizeof(T));
+      __builtin_memset(sums_ - rows_.stride() + begin * table_size_, 0,
+                       size_t((end - begin) * table_size_) * sizeof(T));
     });
     for (T* table : tables_) __builtin_memset(table - rows_.stride(), 0, size_t(rows_.stride()) * sizeof(T));
   }
@@ -114,7 +115,8 @@ class VertexRows {
     if (lattice_.kernel_row != nullptr) return product(workers);
     const int corners = lattice_.corners;
     for (int pass = 0; pass < corners; ++pass) {
-      const int32_t* const neighbour = lattice_.neighbour + 2 * (reverse ? corners - 1 - pass : pass) * lattice_.all_vertices;
+      const int32_t* const neighbour =
+          lattice_.neighbour + 2 * (reverse ? corners - 1 - pass : pass) * lattice_.all_vertices;
       const T outer = pass == corners - 1 ? T(crf::blur_scale(corners - 1)) : T(1), half = outer / 2;
       const T* const from = tables_[0];
       T* const to = tables_[1];
@@ -166,7 +168,8 @@ class VertexRows {
     const int64_t stride = rows_.stride();
     for_each_part(workers, lattice_.vertices, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v) {
-        const int64_t first = lattice_.kernel_row[lattice_.first + v], last = lattice_.kernel_row[lattice_.first + v + 1];
+        const int64_t first = lattice_.kernel_row[lattice_.first + v],
+                      last = lattice_.kernel_row[lattice_.first + v + 1];
         for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
           const T* const from = tables_[0] - lattice_.first * stride + chunk * R::kChunk;
           V sum[kN];
@@ -226,9 +229,7 @@ class LatticeFilter {
   const T* plane(const void* data, int64_t image, int64_t channel) const {
     return static_cast<const T*>(data) + (image * args_.channels + channel) * args_.points;
   }
-  T* block(int64_t worker, int which) const {
-    return blocks_ + (2 * worker + which) * kPointBlock * rows_.stride();
-  }
+  T* block(int64_t worker, int which) const { return blocks_ + (2 * worker + which) * kPointBlock * rows_.stride(); }
 
   // Calls f(point, count) for the blocks of points begin..end - 1.
   template <typename F>
@@ -277,14 +278,15 @@ class LatticeFilter {
     const int64_t vertex_count = args_.lattice.offset[image + 1] - args_.lattice.offset[image];
     const int64_t bytes = VertexRows<R>::workspace(rows_, bands_of(args_, image), vertex_count);
     const VertexRows<R> of_values = filtered(args_.values, args_.reverse, image, first_channel, channels, tables_);
-    const VertexRows<R> of_grad = filtered(args_.grad, !args_.reverse, image, first_channel, channels,
-                                           tables_ + bytes / int64_t(sizeof(T)));
+    const VertexRows<R> of_grad =
+        filtered(args_.grad, !args_.reverse, image, first_channel, channels, tables_ + bytes / int64_t(sizeof(T)));
     const ImageLattice<T>& lattice = of_values.lattice();
     T* const to = static_cast<T*>(args_.grad_weight) + image * args_.points * lattice.corners;
     for_each_part(workers_, args_.points, [&](int64_t worker, int64_t begin, int64_t end) {
       T *const values = block(worker, 0), *const grads = block(worker, 1);
       each_block(begin, end, [&](int64_t point, int64_t count) {
-        pack_rows(rows_, plane(args_.values, image, first_channel) + point, args_.points, channels, count, values, T(0));
+        pack_rows(rows_, plane(args_.values, image, first_channel) + point, args_.points, channels, count, values,
+                  T(0));
         pack_rows(rows_, plane(args_.grad, image, first_channel) + point, args_.points, channels, count, grads, T(0));
         for (int64_t i = 0; i < count; ++i)
           for (int c = 0; c < lattice.corners; ++c) {

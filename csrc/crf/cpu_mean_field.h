@@ -110,7 +110,7 @@ class MeanField {
   static constexpr int64_t kRingBytes = 192 * 1024;
 
   struct Kernel {
-    T* compatibility;  // over the temperature: [stride], or [classes, stride], transposed
+    T* compatibility;           // over the temperature: [stride], or [classes, stride], transposed
     T *line_taps, *depth_taps;  // as fir_lines reads them
     T* depth;                   // marginals filtered along z
   };
@@ -172,8 +172,7 @@ class MeanField {
   Own own_of(int64_t worker) const {
     Own own = first_own_;
     T** const parts[] = {&own.line, &own.rings, &own.messages, &own.column, &own.rows, &own.row, &own.energy};
-    for (T** p : parts)
-      *p = reinterpret_cast<T*>(reinterpret_cast<char*>(*p) + worker * own_step_);
+    for (T** p : parts) *p = reinterpret_cast<T*>(reinterpret_cast<char*>(*p) + worker * own_step_);
     return own;
   }
 
@@ -232,8 +231,8 @@ class MeanField {
     const int64_t bands = image_bands(image);
     char* tables = tables_;
     for (int64_t k = 0; k < args_.lattice_count; ++k) {
-      lattices_[k] = VertexRows<R>(rows_, ImageLattice<T>(args_.lattices[k], image, points_), bands,
-                                   reinterpret_cast<T*>(tables));
+      lattices_[k] =
+          VertexRows<R>(rows_, ImageLattice<T>(args_.lattices[k], image, points_), bands, reinterpret_cast<T*>(tables));
       lattices_[k].clear(workers_);
       tables += table_bytes(k, bands);
     }
@@ -302,8 +301,7 @@ class MeanField {
       }
       if (splat) splat_row(image, band, point + i, rows + i * stride_);
     }
-    if (!splat)
-      unpack_rows(rows_, rows, points_, classes(), count, static_cast<T*>(args_.output) + first);
+    if (!splat) unpack_rows(rows_, rows, points_, classes(), count, static_cast<T*>(args_.output) + first);
     return nan;
   }
 
@@ -358,7 +356,8 @@ class MeanField {
   }
 
   // to[i] = scale * marginals of the points point..point + count - 1
-  void copy_scaled(const ScaleInput& scale, int64_t image, int64_t point, int64_t count, const T* marginals, T* to) const {
+  void copy_scaled(const ScaleInput& scale, int64_t image, int64_t point, int64_t count, const T* marginals,
+                   T* to) const {
     const T* const from = marginals + point * stride_;
     if (scale.data == nullptr) {
       memcpy(to, from, size_t(count * stride_) * sizeof(T));
@@ -381,7 +380,8 @@ class MeanField {
       int64_t filled = larger<int64_t>(0, y - most_line_radius());
       for (; y < end; y += kFirLines) {
         const int64_t count = smaller<int64_t>(kFirLines, end - y);
-        for (; filled < smaller(height, y + count + most_line_radius()); ++filled) fill_rings(image, own, task, z, filled, from);
+        for (; filled < smaller(height, y + count + most_line_radius()); ++filled)
+          fill_rings(image, own, task, z, filled, from);
         for (int64_t x = task.x0; x < task.x1; x += kBlock) {
           const int64_t columns = smaller(kBlock, task.x1 - x);
           T* ring = own.rings;
@@ -396,7 +396,8 @@ class MeanField {
             ring += ring_size(g);
           }
           for (int64_t i = 0; i < count; ++i)
-            finish(image, band, own, (z * height + y + i) * width + x, columns, own.messages + i * block_stride(), to, last);
+            finish(image, band, own, (z * height + y + i) * width + x, columns, own.messages + i * block_stride(), to,
+                   last);
         }
       }
     }
@@ -433,14 +434,16 @@ class MeanField {
   }
 
   // Energies, marginals and what the next iteration's lattices need of `count` points.
-  void finish(int64_t image, int64_t band, const Own& own, int64_t point, int64_t count, const T* messages, T* to, bool last) const {
+  void finish(int64_t image, int64_t band, const Own& own, int64_t point, int64_t count, const T* messages, T* to,
+              bool last) const {
     T* const rows = last ? own.rows : to + point * stride_;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t p = point + i;
       Energy energy;
       energy.memory = own.energy;
       for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
-        for (int j = 0; j < kN; ++j) energy.at(chunk)[j] = R::load(unary_ + p * stride_ + chunk * R::kChunk + j * R::kLane);
+        for (int j = 0; j < kN; ++j)
+          energy.at(chunk)[j] = R::load(unary_ + p * stride_ + chunk * R::kChunk + j * R::kLane);
       for (int64_t k = 0; k < kernels_; ++k) {
         const PairwiseInput& pairwise = args_.pairwise[k];
         const T scale = scale_at(pairwise.scale_out, image, p);

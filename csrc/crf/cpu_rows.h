@@ -13,10 +13,10 @@ namespace {
 
 template <typename T, int kWidth>
 struct RowVecTypes;
-#define PYSEG_ROW_VEC(T, kWidth)                                                                        \
-  template <>                                                                                           \
-  struct RowVecTypes<T, kWidth> {                                                                       \
-    typedef T Vec __attribute__((vector_size(kWidth * sizeof(T))));                                     \
+#define PYSEG_ROW_VEC(T, kWidth)                                                                         \
+  template <>                                                                                            \
+  struct RowVecTypes<T, kWidth> {                                                                        \
+    typedef T Vec __attribute__((vector_size(kWidth * sizeof(T))));                                      \
     typedef T Unaligned __attribute__((vector_size(kWidth * sizeof(T)), aligned(sizeof(T)), may_alias)); \
   };
 PYSEG_ROW_VEC(float, 4)

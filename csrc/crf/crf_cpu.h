@@ -71,8 +71,8 @@ void check_range(const char* op, const char* name, const torch::stable::Tensor& 
     low = data[i] < low ? data[i] : low;
     high = data[i] > high ? data[i] : high;
   }
-  PYSEG_CHECK(t.numel() == 0 || (low >= least && high < most), op, ": ", name, " must be from ", least, " to ", most - 1,
-              ", got ", low < least ? low : high);
+  PYSEG_CHECK(t.numel() == 0 || (low >= least && high < most), op, ": ", name, " must be from ", least, " to ",
+              most - 1, ", got ", low < least ? low : high);
 }
 
 // The contents of a lattice's tensors that a read out of bounds could follow from.

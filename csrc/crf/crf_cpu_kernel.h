@@ -67,10 +67,10 @@ struct FilterArgs {
 };
 
 struct GaussianArgs {
-  int64_t maps;             // of axes[0] x axes[1] x axes[2] elements
+  int64_t maps;  // of axes[0] x axes[1] x axes[2] elements
   int64_t axes[3];
-  const void* taps[3];      // [radius + 1], the middle one first
-  int64_t radius[3];        // -1: the axis is left as it is
+  const void* taps[3];  // [radius + 1], the middle one first
+  int64_t radius[3];    // -1: the axis is left as it is
   bool float64;
   const void* values;
   void* output;

@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   // or [C, C]. message = scale_out * filter(scale_in * marginals); energy = unary + sum over kernels of compatibility *
   // message (its product with a matrix); marginals = softmax(-energy / temperature).
   m.def(
-      "_mean_field(Tensor unary, Tensor? initial, int iterations, float temperature, Tensor[] lattices, float[] sigmas, "
+      "_mean_field(Tensor unary, Tensor? initial, int iterations, float temperature, Tensor[] lattices, float[] "
+      "sigmas, "
       "float truncate, Tensor[] scale_in, Tensor[] scale_out, Tensor[] compatibility) -> Tensor");
 }

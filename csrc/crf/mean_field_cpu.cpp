@@ -13,8 +13,8 @@ using torch::stable::Tensor;
 Tensor mean_field(Tensor unary, std::optional<Tensor> initial, int64_t iterations, double temperature,
                   std::vector<Tensor> lattices, std::vector<double> sigmas, double truncate,
                   std::vector<Tensor> scale_in, std::vector<Tensor> scale_out, std::vector<Tensor> compatibility) {
-  const MeanFieldShape shape = check_mean_field(unary, initial, iterations, temperature, lattices, sigmas, scale_in,
-                                                scale_out, compatibility);
+  const MeanFieldShape shape =
+      check_mean_field(unary, initial, iterations, temperature, lattices, sigmas, scale_in, scale_out, compatibility);
   const ScalarType type = wide_type(unary);
   const Tensor wide = as_type(unary, type);
   Tensor output = torch::stable::new_empty(wide, wide.sizes());
@@ -29,8 +29,9 @@ Tensor mean_field(Tensor unary, std::optional<Tensor> initial, int64_t iteration
   double work = 30;  // for each class and pixel
   for (size_t k = 0; k < shape.lattices; ++k) {
     const Lattice l = lattice_at(lattices, k);
-    const Lattice own{keep(l.vertex),    keep(l.weight), keep(l.row),        keep(l.entry),        keep(l.neighbour),
-                      keep(l.offset),    keep(l.kernel_row), keep(l.kernel_vertex), keep(l.kernel_weight)};
+    const Lattice own{keep(l.vertex),     keep(l.weight),        keep(l.row),
+                      keep(l.entry),      keep(l.neighbour),     keep(l.offset),
+                      keep(l.kernel_row), keep(l.kernel_vertex), keep(l.kernel_weight)};
     check_lattice_contents(kMeanField, own);
     inputs.push_back(input_of(own));
     work += 2 * l.corners();

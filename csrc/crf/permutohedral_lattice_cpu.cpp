@@ -62,8 +62,8 @@ Tensor permutohedral_lattice_backward(Tensor grad_weight, Tensor features, doubl
   check_features(kLatticeBackward, features, scale);
   const ScalarType type = wide_type(features);
   const Tensor points = as_type(features, type);
-  check_like(kLatticeBackward, "grad_weight", grad_weight, type,
-             {points.size(0), points.size(2), points.size(1) + 1}, points);
+  check_like(kLatticeBackward, "grad_weight", grad_weight, type, {points.size(0), points.size(2), points.size(1) + 1},
+             points);
   const Tensor grad = torch::stable::contiguous(grad_weight);
   Tensor out = torch::stable::new_empty(points, points.sizes());
   const LatticeArgs args = args_of(points, scale);

@@ -51,7 +51,8 @@ LatticeBuild lattice_begin(const LatticeArgs& a, const Workers& workers) {
     const int64_t parts = larger<int64_t>(1, a.images > 0 ? (workers.count + a.images - 1) / a.images : 1);
     Buffer<KeyLayout> layouts;
     Buffer<T> extremes;
-    if (!layouts.grow(larger<int64_t>(1, a.images)) || !extremes.grow(larger<int64_t>(1, a.images) * parts * 2 * (kD + 1)))
+    if (!layouts.grow(larger<int64_t>(1, a.images)) ||
+        !extremes.grow(larger<int64_t>(1, a.images) * parts * 2 * (kD + 1)))
       return {LatticeStatus::kNoMemory, 0, nullptr};
     if (!key_layouts<kD, T>(a, parts, workers, layouts.data(), extremes.data()))
       return {LatticeStatus::kOverflow, 0, nullptr};
