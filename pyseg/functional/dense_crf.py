@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from pyseg.functional.pairwise_kernels import (
     NORMALIZATIONS,
     TRUNCATE,
     Bound,
-    BoundExact,
     BoundGaussian,
     BoundLattice,
     Compatibility,
@@ -136,35 +135,32 @@ def dense_crf(
         RuntimeError: shapes, types, devices or parameters that do not fit, fewer than two classes, no pixels, a NaN in
             `unary` (on the CPU; on CUDA it makes NaN).
     """
-    options = {
-        "smoothness": smoothness,
-        "smoothness_sigma": smoothness_sigma,
-        "appearance": appearance,
-        "spatial_sigma": spatial_sigma,
-        "color_sigma": color_sigma,
-        "kernels": kernels,
-        "normalization": normalization,
-        "accuracy": accuracy,
-    }
-    if not isinstance(unary, Tensor):
-        run = {**options, "iterations": iterations, "temperature": temperature, "tolerance": tolerance}
-        images, starts = _lists(unary, image, initial)
-        return [
-            dense_crf(
-                u[None],
-                None if i is None else i[None],
-                initial=None if q is None else q[None],
-                output=output,
-                **run,  # type: ignore[arg-type]
-            )[0]
-            for u, i, q in zip(unary, images, starts, strict=True)
-        ]
     chosen(output, "output", _OUTPUTS)
-    _check_run(unary, iterations, temperature, initial, tolerance)
-    with torch.autocast(unary.device.type, enabled=False):
-        bound = dense_crf_kernels(unary, image, **options)  # type: ignore[arg-type]
-        result = _mean_field(unary, bound, iterations, temperature, initial, tolerance, accuracy, output == "logits")
-    return result.argmax(1) if output == "labels" else result.to(unary.dtype)
+
+    def one(unary: Tensor, image: Tensor | None, initial: Tensor | None) -> Tensor:
+        _check_run(unary, iterations, temperature, initial, tolerance)
+        with torch.autocast(unary.device.type, enabled=False):
+            bound = dense_crf_kernels(
+                unary,
+                image,
+                smoothness=smoothness,
+                smoothness_sigma=smoothness_sigma,
+                appearance=appearance,
+                spatial_sigma=spatial_sigma,
+                color_sigma=color_sigma,
+                kernels=kernels,
+                normalization=normalization,
+                accuracy=accuracy,
+            )
+            result = _mean_field(unary, bound, iterations, temperature, initial, tolerance, output == "logits")
+        return result.argmax(1) if output == "labels" else result.to(unary.dtype)
+
+    if isinstance(unary, Tensor):
+        return one(unary, _tensor("image", image), _tensor("initial", initial))
+    return [
+        one(u[None], None if i is None else i[None], None if q is None else q[None])[0]
+        for u, i, q in zip(unary, _list("image", image, len(unary)), _list("initial", initial, len(unary)), strict=True)
+    ]
 
 
 def dense_crf_kernels(
@@ -208,9 +204,7 @@ def dense_crf_kernels(
     return tuple(kernel.bind(unary, normalization, accuracy) for kernel in wanted)
 
 
-def dense_crf_energy(
-    unary: Tensor, marginals: Tensor, kernels: Sequence[Bound], *, temperature: float = 1.0
-) -> Tensor:
+def dense_crf_energy(unary: Tensor, marginals: Tensor, kernels: Sequence[Bound], *, temperature: float = 1.0) -> Tensor:
     r"""Free energy of marginals, what mean field lowers: D(Q || P) but for a constant (1210.5644, section 3).
 
         F = sum over i, l of Q_i(l) (U_i(l) + 1/2 sum over m of E_m,i(l) + temperature log Q_i(l))
@@ -241,11 +235,9 @@ def _mean_field(
     temperature: float,
     initial: Tensor | None,
     tolerance: float | None,
-    accuracy: str,
     logits: bool,
 ) -> Tensor:
-    fused = not any(isinstance(kernel, BoundExact) for kernel in kernels) and accuracy != "exact"
-    fused = fused and not _wants_gradient(unary, initial, kernels)
+    fused = all(_fusible(kernel, unary) for kernel in kernels) and not _wants_gradient(unary, initial, kernels)
     step = _fused if fused else _differentiable
     last = 1 if logits and iterations > 0 else 0
     if tolerance is None:
@@ -261,6 +253,11 @@ def _mean_field(
     if iterations == 0:
         return marginals.log()
     return -_energy(unary.to(marginals.dtype), kernels, marginals.to(_loop_type(unary, kernels))) / temperature
+
+
+def _fusible(kernel: Bound, unary: Tensor) -> bool:
+    known = isinstance(kernel, BoundLattice) or (isinstance(kernel, BoundGaussian) and kernel.truncate == TRUNCATE)
+    return known and kernel.compatibility.dtype == computing_type(unary, "fast")
 
 
 def _energy(unary: Tensor, kernels: Sequence[Bound], marginals: Tensor) -> Tensor:
@@ -352,18 +349,25 @@ def _check_image(unary: Tensor, image: Tensor) -> None:
     expected = ", ".join(map(str, [unary.shape[0], "K", *unary.shape[2:]]))
     fits = image.dim() == unary.dim() and image.shape[0] == unary.shape[0] and image.shape[2:] == unary.shape[2:]
     if not fits:
-        raise RuntimeError(f"dense_crf: image must be [{expected}] for unary {list(unary.shape)}, got {list(image.shape)}")
+        raise RuntimeError(
+            f"dense_crf: image must be [{expected}] for unary {list(unary.shape)}, got {list(image.shape)}"
+        )
     if image.is_complex():
         raise RuntimeError(f"dense_crf: image must be of real numbers, got {image.dtype}")
     if image.device != unary.device:
         raise RuntimeError(f"dense_crf: image must be on {unary.device} like unary, got {image.device}")
 
 
-def _lists(unary: Sequence[Tensor], image: Any, initial: Any) -> tuple[Sequence[Any], Sequence[Any]]:
-    lists = []
-    for name, other in (("image", image), ("initial", initial)):
-        if other is not None and (isinstance(other, Tensor) or len(other) != len(unary)):
-            got = "a tensor" if isinstance(other, Tensor) else f"{len(other)}"
-            raise RuntimeError(f"dense_crf: {name} must be a list of {len(unary)} like unary, got {got}")
-        lists.append([None] * len(unary) if other is None else other)
-    return lists[0], lists[1]
+def _tensor(name: str, value: Tensor | Sequence[Tensor] | None) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    raise RuntimeError(f"dense_crf: {name} must be a tensor like unary, got {type(value).__name__}")
+
+
+def _list(name: str, value: Tensor | Sequence[Tensor] | None, count: int) -> Sequence[Tensor | None]:
+    if value is None:
+        return [None] * count
+    if isinstance(value, Tensor) or len(value) != count:
+        got = "a tensor" if isinstance(value, Tensor) else len(value)
+        raise RuntimeError(f"dense_crf: {name} must be a list of {count} like unary, got {got}")
+    return value

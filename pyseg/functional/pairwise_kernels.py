@@ -43,7 +43,9 @@ class GaussianKernel:
     compatibility: Compatibility = 3.0
     normalization: Normalization | None = None
 
-    def bind(self, unary: Tensor, normalization: Normalization = "symmetric", accuracy: CrfAccuracy = "fast") -> "Bound":
+    def bind(
+        self, unary: Tensor, normalization: Normalization = "symmetric", accuracy: CrfAccuracy = "fast"
+    ) -> "Bound":
         """Ready for use on a unary [N, C, *S] of this shape, type and device."""
         axes = unary.dim() - 2
         sigmas = positive("sigma", self.sigma, axes, "axes of unary")
@@ -70,7 +72,9 @@ class FeatureKernel:
     normalization: Normalization | None = None
     accuracy: CrfAccuracy | None = None
 
-    def bind(self, unary: Tensor, normalization: Normalization = "symmetric", accuracy: CrfAccuracy = "fast") -> "Bound":
+    def bind(
+        self, unary: Tensor, normalization: Normalization = "symmetric", accuracy: CrfAccuracy = "fast"
+    ) -> "Bound":
         """Ready for use on a unary [N, C, *S] of this shape, type and device: builds the lattice."""
         level = self.accuracy or accuracy
         chosen(level, "accuracy", ACCURACIES)
@@ -122,7 +126,9 @@ class Bound:
             return message * self.compatibility.reshape(-1, *[1] * (values.dim() - 2))
         return (self.compatibility @ message.flatten(2)).reshape(values.shape)
 
-    def bind(self, unary: Tensor, normalization: Normalization = "symmetric", accuracy: CrfAccuracy = "fast") -> "Bound":
+    def bind(
+        self, unary: Tensor, normalization: Normalization = "symmetric", accuracy: CrfAccuracy = "fast"
+    ) -> "Bound":
         """Itself."""
         return self
 
@@ -202,11 +208,13 @@ def computing_type(unary: Tensor, accuracy: str) -> torch.dtype:
 
 
 def chosen(value: str, name: str, choices: Sequence[str], op: str = "dense_crf") -> None:
+    """Raises for a string that is not one of the choices."""
     if value not in choices:
         raise RuntimeError(f"{op}: {name} must be one of {', '.join(choices)}, got {value}")
 
 
 def positive(name: str, value: float | Sequence[float], count: int, of_what: str, op: str = "dense_crf") -> list[float]:
+    """One number for each of `count` axes or channels."""
     values = [float(value)] * count if isinstance(value, int | float) else [float(v) for v in value]
     if len(values) != count:
         raise RuntimeError(f"{op}: {name} must be a number or one for each of the {count} {of_what}, got {values}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import permutohedral_filter as _filter_op  # noqa: F401  registers the fake kernels
-from pyseg._ops import permutohedral_lattice as _lattice_op
+from pyseg._ops import permutohedral_lattice as _lattice_op  # noqa: F401
 
 Accuracy = Literal["fast", "high"]
 
@@ -54,8 +54,9 @@ def permutohedral_lattice(
     Args:
         features: [N, d, *S], or the points of one image as [P, d]; d from 1 to 8. In standard deviations of the
             Gaussian: (x / 80, y / 80, r / 13, g / 13, b / 13). Any floating type; 16-bit ones are widened to float32.
-        accuracy: "fast": blur along the d + 1 directions as in the paper. "high": a lattice finer by 1.4, and one sparse
-            product with the exact Gaussian between vertices up to 3 standard deviations apart in place of the blur.
+        accuracy: "fast": blur along the d + 1 directions as in the paper. "high": a lattice finer by 1.4, and in
+            place of the blur one sparse product with the exact Gaussian between vertices up to 3 standard deviations
+            apart.
         max_vertices: the size M of results that do not depend on the data, padded; without it M is the number of
             vertices, which costs one synchronisation on CUDA. More vertices than that are an error on the CPU; on CUDA
             those beyond are left out, and `offset[-1]` says how many there were.
@@ -78,14 +79,15 @@ def permutohedral_lattice(
         raise RuntimeError(f"{op}: features must be [N, d, *S] or [P, d], got {list(features.shape)}")
     points = features.mT[None] if features.dim() == 2 else features.flatten(2)
     scale, cutoff = LEVELS[accuracy]
-    *lattice, key = torch.ops.pyseg.permutohedral_lattice(points, scale, -1 if max_vertices is None else max_vertices)
-    weight, offset = lattice[1], lattice[5]
+    vertex, weight, row, entry, neighbour, offset, key = torch.ops.pyseg.permutohedral_lattice(
+        points, scale, -1 if max_vertices is None else max_vertices
+    )
     if cutoff is None:
-        kernel = (offset.new_empty(0), key.new_empty(0, dtype=torch.int32), weight.new_empty(0))
+        kernel = (offset.new_empty(0), vertex.new_empty(0), weight.new_empty(0))
     else:
-        float64 = _lattice_op.wide_type(features.dtype) == torch.float64
+        float64 = weight.dtype == torch.float64
         kernel = torch.ops.pyseg.permutohedral_vertex_kernel(key, offset, scale, cutoff, float64)
-    return PermutohedralLattice(*lattice, *kernel, key)
+    return PermutohedralLattice(vertex, weight, row, entry, neighbour, offset, *kernel, key)
 
 
 def permutohedral_filter(lattice: PermutohedralLattice, values: Tensor, *, transpose: bool = False) -> Tensor:

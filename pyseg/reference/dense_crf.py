@@ -60,7 +60,7 @@ def dense_crf_energy(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """[N]: sum of Q U + 1/2 Q (sum_m mu_m K_m Q) + temperature Q log Q, what mean field lowers: D(Q || P) but for a constant (section 3)."""
+    """[N]: sum of Q U + 1/2 Q (sum_m mu_m K_m Q) + temperature Q log Q: D(Q || P) but for a constant (section 3)."""
     q = marginals.double()
     pairwise = pairwise_energy(q, matrices, compatibility)
     return (q * (unary.double() + pairwise / 2) + temperature * torch.xlogy(q, q)).sum((1, 2))
