@@ -26,7 +26,7 @@ NORMALIZATIONS = ("symmetric", "before", "after", "none")
 ACCURACIES = (*LEVELS, "exact")
 TINY = 1e-20  # keeps the norm of a pixel without neighbours from dividing by zero
 # Where the separable Gaussian is cut off, in standard deviations.
-TRUNCATE = 4.0
+TRUNCATE = 3.0
 _TILE_BYTES = 32 << 20  # of the exact kernel that is held at a time
 
 
