@@ -58,17 +58,17 @@ class MeanField {
         stride_(rows.stride()),
         points_(a.axes[0] * a.axes[1] * a.axes[2]),
         kernels_(a.lattice_count + a.gaussian_count) {
-    int64_t lines = kFirLines;
     for (int64_t g = 0; g < a.gaussian_count; ++g) {
       margin_ = larger(margin_, a.radius[3 * g + 2]);
-      lines = larger(lines, ring_lines(g));
+      line_radius_ = larger(line_radius_, a.radius[3 * g + 1]);
     }
-    const int64_t width = kRingBytes / int64_t(sizeof(T)) / (stride_ * lines) / kBlock * kBlock;
+    ring_lines_ = 2 * line_radius_ + kFirLines;
+    const int64_t width = kRingBytes / int64_t(sizeof(T)) / (stride_ * ring_lines_) / kBlock * kBlock;
     strip_ = smaller(larger<int64_t>(a.axes[2], 1), larger(kBlock, width));
     Carver carver(memory);
     for (T*& marginals : marginals_) marginals = carver.take<T>(points_ * stride_ + kLinePad);
     unary_ = carver.take<T>(points_ * stride_ + kLinePad);
-    zeros_ = carver.take<T>(strip_ * stride_ + kLinePad);
+    zeros_ = carver.take<T>(zeros_size());
     nan_ = carver.take<bool>(workers.count);
     lattices_ = carver.take<VertexRows<R>>(a.lattice_count);
     kernel_ = carver.take<Kernel>(kernels_);
@@ -135,7 +135,7 @@ class MeanField {
   MeanFieldArgs args_;
   Workers workers_;
   int64_t stride_, points_, kernels_;
-  int64_t margin_ = 0, strip_, bytes_, own_step_ = 0;
+  int64_t margin_ = 0, line_radius_ = 0, ring_lines_, strip_, bytes_, own_step_ = 0;
   T* marginals_[2];  // [points, stride]
   T* unary_;         // [points, stride], over the temperature; infinite beyond the classes
   T* zeros_;         // a line of a strip
@@ -148,20 +148,17 @@ class MeanField {
   int64_t classes() const { return args_.classes; }
   const int64_t* radius(int64_t g) const { return args_.radius + 3 * g; }
   int64_t line_radius(int64_t g) const { return larger<int64_t>(0, radius(g)[1]); }
-  int64_t ring_lines(int64_t g) const { return 2 * line_radius(g) + kFirLines; }
-  int64_t ring_size(int64_t g) const { return ring_lines(g) * strip_ * stride_ + kLinePad; }
+  int64_t zeros_size() const { return larger(strip_, kBlock) * stride_ + kLinePad; }
+  int64_t line_stride() const { return strip_ * stride_ + kLinePad; }
+  int64_t ring_size() const { return ring_lines_ * line_stride(); }
   int64_t block_stride() const { return kBlock * stride_ + kLinePad; }
 
   Own carve_own(Carver& carver) const {
     Own own{};
     own.line = carver.take<T>(PaddedLine<T>::size(strip_ * stride_, margin_ * stride_));
-    int64_t rings = 0;
     bool depth = false;
-    for (int64_t g = 0; g < args_.gaussian_count; ++g) {
-      rings += ring_size(g);
-      depth |= radius(g)[0] > 0;
-    }
-    own.rings = carver.take<T>(rings);
+    for (int64_t g = 0; g < args_.gaussian_count; ++g) depth |= radius(g)[0] > 0;
+    own.rings = carver.take<T>(args_.gaussian_count * ring_size());
     own.messages = carver.take<T>(args_.gaussian_count * kFirLines * block_stride());
     own.column = carver.take<T>(depth ? (args_.axes[0] + kFirLines) * block_stride() : 0);
     own.rows = carver.take<T>(kBlock * stride_);
@@ -203,7 +200,7 @@ class MeanField {
 
   void prepare() {
     const T cooling = T(1 / args_.temperature);
-    memset(zeros_, 0, size_t(strip_ * stride_ + kLinePad) * sizeof(T));
+    memset(zeros_, 0, size_t(zeros_size()) * sizeof(T));
     for (int64_t k = 0; k < kernels_; ++k) {
       const PairwiseInput& pairwise = args_.pairwise[k];
       const T* const from = static_cast<const T*>(pairwise.compatibility);
@@ -377,23 +374,22 @@ class MeanField {
       const int64_t z = line / height, end = smaller(height, task.line1 - z * height);
       int64_t y = line - z * height;
       line = z * height + end;
-      int64_t filled = larger<int64_t>(0, y - most_line_radius());
+      int64_t filled = larger<int64_t>(0, y - line_radius_);
       for (; y < end; y += kFirLines) {
         const int64_t count = smaller<int64_t>(kFirLines, end - y);
-        for (; filled < smaller(height, y + count + most_line_radius()); ++filled)
+        for (; filled < smaller(height, y + count + line_radius_); ++filled)
           fill_rings(image, own, task, z, filled, from);
         for (int64_t x = task.x0; x < task.x1; x += kBlock) {
           const int64_t columns = smaller(kBlock, task.x1 - x);
-          T* ring = own.rings;
           for (int64_t g = 0; g < args_.gaussian_count; ++g) {
+            const T* const ring = own.rings + g * ring_size();
             const auto ring_line = [&](int64_t k) -> const T* {
               const int64_t source = y + k - line_radius(g);
               if (source < 0 || source >= height) return zeros_;
-              return ring + (source % ring_lines(g) * strip_ + x - task.x0) * stride_;
+              return ring + source % ring_lines_ * line_stride() + (x - task.x0) * stride_;
             };
             fir_lines(ring_line, kernel_[args_.lattice_count + g].line_taps, line_radius(g), columns * stride_,
                       own.messages + g * kFirLines * block_stride(), block_stride());
-            ring += ring_size(g);
           }
           for (int64_t i = 0; i < count; ++i)
             finish(image, band, own, (z * height + y + i) * width + x, columns, own.messages + i * block_stride(), to,
@@ -403,16 +399,9 @@ class MeanField {
     }
   }
 
-  int64_t most_line_radius() const {
-    int64_t most = 0;
-    for (int64_t g = 0; g < args_.gaussian_count; ++g) most = larger(most, line_radius(g));
-    return most;
-  }
-
   // Filters one line along x, for each Gaussian kernel.
   void fill_rings(int64_t image, const Own& own, const Task& task, int64_t z, int64_t y, const T* marginals) const {
     const int64_t width = args_.axes[2], line = (z * args_.axes[1] + y) * width;
-    T* ring = own.rings;
     for (int64_t g = 0; g < args_.gaussian_count; ++g) {
       const int64_t r = larger<int64_t>(0, radius(g)[2]);
       const Kernel& kernel = kernel_[args_.lattice_count + g];
@@ -428,8 +417,7 @@ class MeanField {
       memset(data + (last - task.x0) * stride_, 0, size_t(after) * sizeof(T));
       const T one = 1;
       fir_shifted(data, stride_, radius(g)[2] < 0 ? &one : static_cast<const T*>(args_.taps[3 * g + 2]), r,
-                  (task.x1 - task.x0) * stride_, ring + y % ring_lines(g) * strip_ * stride_);
-      ring += ring_size(g);
+                  (task.x1 - task.x0) * stride_, own.rings + g * ring_size() + y % ring_lines_ * line_stride());
     }
   }
 
