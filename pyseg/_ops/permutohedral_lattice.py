@@ -93,9 +93,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # all others are of integers
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     (features,) = ctx.saved_tensors
-    return _BACKWARD(grads[1], features, ctx.scale), None, None
+    return None if grads[1] is None else _BACKWARD(grads[1], features, ctx.scale), None, None
 
 
 torch.library.register_autograd(_LATTICE, _backward, setup_context=_setup_context)
