@@ -100,3 +100,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 torch.library.register_autograd(_LATTICE, _backward, setup_context=_setup_context)
 torch.library.register_autograd(_BACKWARD, no_double_backward("permutohedral_lattice"))
+
+
+def _batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    # Each example would have a number of vertices of its own.
+    raise RuntimeError("permutohedral_lattice: vmap must not be over features, which have a batch of their own")
+
+
+torch.library.register_vmap(_LATTICE, _batched)

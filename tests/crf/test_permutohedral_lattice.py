@@ -1,13 +1,13 @@
-"""permutohedral_lattice against its definition: vertices by their keys, weights, neighbours, rows; gradients; limits."""
+"""permutohedral_lattice against its definition: vertices by their keys, weights, neighbours, rows; gradients."""
 
 import itertools
 
 import pytest
 import torch
+from crf_cases import on_each_number_of_threads, rand, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crf_cases import on_each_number_of_threads, rand, randn
 from pyseg import reference
 from pyseg.functional import PermutohedralLattice, permutohedral_filter, permutohedral_lattice
 
