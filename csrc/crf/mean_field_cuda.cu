@@ -1,0 +1,1 @@
+// mean_field_cuda

@@ -1,0 +1,1 @@
+// permutohedral_vertex_kernel_cuda
