@@ -204,6 +204,21 @@ def test_same_bits_for_every_number_of_threads():
         on_each_number_of_threads(lambda arguments=arguments: [run(**arguments)])
 
 
+def softmax_op(unary, temperature=1.3):
+    return OP(unary, None, 0, temperature, [], [], TRUNCATE, [], [], [])
+
+
+def test_softmax(device):
+    """Without iterations it is one, which has gradients of first and second order; with some it has none."""
+    unary = randn(2, 3, 4, 5).to(device).requires_grad_()
+    assert torch.autograd.gradcheck(softmax_op, unary)
+    assert torch.autograd.gradgradcheck(softmax_op, unary)
+    torch.library.opcheck(OP, (unary, None, 0, 1.3, [], [], TRUNCATE, [], [], []))
+    arguments = problem(device, torch.float64, 2, 3, (4, 5))
+    with pytest.raises(RuntimeError, match="_mean_field: iterations have no gradient"):
+        run(**{**arguments, "unary": unary}).sum().backward()
+
+
 def test_opcheck(device):
     arguments = problem(device, torch.float32, 2, 3, (4, 5), ("fast", "fast"), 1, matrix=True)
     lattices = [tensor for lattice in arguments["lattices"] for tensor in lattice[:9]]
