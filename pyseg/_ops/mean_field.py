@@ -1,7 +1,10 @@
-"""Fake kernel of `pyseg::_mean_field`: all iterations of a dense CRF, without gradients.
+"""Fake kernel and autograd of `pyseg::_mean_field`: all iterations of a dense CRF.
 
-pyseg/functional/dense_crf.py does the same with differentiable operators where a gradient is wanted.
+Without iterations it is softmax(-unary / temperature), unlike torch's with the same bits for every number of threads,
+and that has a gradient. pyseg/functional/dense_crf.py makes differentiable iterations of it and the filters.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,3 +51,21 @@ def _fake(
 
 
 torch.library.register_fake(_MEAN_FIELD, _fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, initial, iterations, ctx.temperature, *_ = inputs
+    ctx.differentiable = initial is None and iterations == 0
+    ctx.no_gradients = [[None] * len(argument) if isinstance(argument, list) else None for argument in inputs[1:]]
+    ctx.save_for_backward(output if ctx.differentiable else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if not ctx.differentiable:
+        raise RuntimeError("_mean_field: iterations have no gradient, dense_crf's differentiable ones do")
+    (marginals,) = ctx.saved_tensors
+    weighted = grad * marginals
+    return (marginals * weighted.sum(1, keepdim=True) - weighted) / ctx.temperature, *ctx.no_gradients
+
+
+torch.library.register_autograd(_MEAN_FIELD, _backward, setup_context=_setup_context)

@@ -1,5 +1,6 @@
 """Mean field inference in fully connected conditional random fields."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Literal, overload
@@ -139,7 +140,7 @@ def dense_crf(
 
     def one(unary: Tensor, image: Tensor | None, initial: Tensor | None) -> Tensor:
         _check_run(unary, iterations, temperature, initial, tolerance)
-        with torch.autocast(unary.device.type, enabled=False):
+        with _without_autocast(unary):
             bound = dense_crf_kernels(
                 unary,
                 image,
@@ -217,7 +218,7 @@ def dense_crf_energy(unary: Tensor, marginals: Tensor, kernels: Sequence[Bound],
         raise RuntimeError(
             f"dense_crf_energy: marginals must be {list(unary.shape)} like unary, got {list(marginals.shape)}"
         )
-    with torch.autocast(unary.device.type, enabled=False):
+    with _without_autocast(unary):
         dtype = _loop_type(unary, kernels)
         q = marginals.to(dtype)
         pairwise = sum((kernel.energy(q) for kernel in kernels), torch.zeros_like(q))
@@ -271,11 +272,14 @@ def _differentiable(
 ) -> Tensor:
     dtype = _loop_type(unary, kernels)
     unary = unary.to(dtype)
-    if not unary.is_cuda and not torch.compiler.is_compiling() and bool(unary.isnan().any()):
-        raise RuntimeError("dense_crf: unary must not be NaN")
-    marginals = (-unary / temperature).softmax(1) if initial is None else initial.to(dtype)
+    marginals = _softmax(unary, temperature) if initial is None else initial.to(dtype)
     for _ in range(iterations):
-        marginals = (-_energy(unary, kernels, marginals) / temperature).softmax(1)
+        marginals = _softmax(_energy(unary, kernels, marginals), temperature)
+    return marginals
+
+
+def _softmax(energy: Tensor, temperature: float) -> Tensor:
+    marginals: Tensor = torch.ops.pyseg._mean_field(energy, None, 0, temperature, [], [], TRUNCATE, [], [], [])
     return marginals
 
 
@@ -316,19 +320,26 @@ def _wants_gradient(unary: Tensor, initial: Tensor | None, kernels: Sequence[Bou
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def _without_autocast(unary: Tensor) -> contextlib.AbstractContextManager[None]:
+    # Only where there is one to leave: in an exported program it makes a graph of its own.
+    device = unary.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 # ---- arguments ----
 
 
 def _check_unary(unary: Tensor) -> None:
-    got = list(unary.shape)
     if unary.dim() not in (3, 4, 5):
-        raise RuntimeError(f"dense_crf: unary must be [N, C, *S] with S of 1 to 3 axes, got {got}")
+        raise RuntimeError(f"dense_crf: unary must be [N, C, *S] with S of 1 to 3 axes, got {list(unary.shape)}")
     if not unary.is_floating_point():
         raise RuntimeError(f"dense_crf: unary must be of floating point, got {unary.dtype}")
     if unary.shape[1] < 2:
-        raise RuntimeError(f"dense_crf: unary must have at least two classes, got {got}")
+        raise RuntimeError(f"dense_crf: unary must have at least two classes, got {list(unary.shape)}")
     if any(size == 0 for size in unary.shape[2:]):
-        raise RuntimeError(f"dense_crf: unary must have pixels, got {got}")
+        raise RuntimeError(f"dense_crf: unary must have pixels, got {list(unary.shape)}")
 
 
 def _check_run(
@@ -346,9 +357,9 @@ def _check_run(
 
 
 def _check_image(unary: Tensor, image: Tensor) -> None:
-    expected = ", ".join(map(str, [unary.shape[0], "K", *unary.shape[2:]]))
     fits = image.dim() == unary.dim() and image.shape[0] == unary.shape[0] and image.shape[2:] == unary.shape[2:]
     if not fits:
+        expected = ", ".join(map(str, [unary.shape[0], "K", *unary.shape[2:]]))
         raise RuntimeError(
             f"dense_crf: image must be [{expected}] for unary {list(unary.shape)}, got {list(image.shape)}"
         )

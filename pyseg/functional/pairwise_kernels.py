@@ -78,10 +78,11 @@ class FeatureKernel:
         """Ready for use on a unary [N, C, *S] of this shape, type and device: builds the lattice."""
         level = self.accuracy or accuracy
         chosen(level, "accuracy", ACCURACIES)
-        features, shape = self.features, [unary.shape[0], "d", *unary.shape[2:]]
+        features = self.features
         fits = features.dim() == unary.dim() and features.shape[2:] == unary.shape[2:]
         if not fits or features.shape[0] not in (1, unary.shape[0]):
-            raise RuntimeError(f"dense_crf: features must be {_shown(shape)}, got {list(features.shape)}")
+            expected = ", ".join(map(str, [unary.shape[0], "d", *unary.shape[2:]]))
+            raise RuntimeError(f"dense_crf: features must be [{expected}], got {list(features.shape)}")
         if features.device != unary.device:
             raise RuntimeError(f"dense_crf: features must be on {unary.device} like unary, got {features.device}")
         dtype = computing_type(unary, accuracy)
@@ -226,11 +227,11 @@ def positive(name: str, value: float | Sequence[float], count: int, of_what: str
 def energies(compatibility: Compatibility, unary: Tensor, accuracy: str) -> Tensor:
     """What a message is multiplied by: -w for weights, the matrix itself for costs."""
     classes, dtype = unary.shape[1], computing_type(unary, accuracy)
-    weights = torch.as_tensor(compatibility, device=unary.device).to(dtype)
-    shape = list(weights.shape)
-    if shape not in ([], [classes], [classes, classes]):
+    weights = torch.as_tensor(compatibility, dtype=dtype, device=unary.device)
+    if weights.dim() > 2 or any(size != classes for size in weights.shape):
         raise RuntimeError(
-            f"dense_crf: compatibility must be a number, [{classes}] or [{classes}, {classes}], got {shape}"
+            f"dense_crf: compatibility must be a number, [{classes}] or [{classes}, {classes}], "
+            f"got {list(weights.shape)}"
         )
     return weights if weights.dim() == 2 else -weights.expand(classes)
 
@@ -256,7 +257,3 @@ def _scaled(values: Tensor, scale: Tensor | None) -> Tensor:
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """[N, P, d] and [N, R, d] -> [N, P, R]; by differences, not by products, which lose digits."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
-
-
-def _shown(shape: list[int | str]) -> str:
-    return "[" + ", ".join(str(s) for s in shape) + "]"

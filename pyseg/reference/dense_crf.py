@@ -11,7 +11,9 @@ def pairwise_matrix(features: Tensor, normalization: str = "symmetric") -> Tenso
 
     With n = K 1: "before" K / n_j, "after" K / n_i, "symmetric" K / sqrt(n_i n_j). O(P^2) of memory.
     """
-    kernel = (-torch.cdist(features.double().mT, features.double().mT).square() / 2).exp()
+    points = features.double().mT
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    kernel = (-distances.square() / 2).exp()
     norm = kernel.sum(-1)
     if normalization == "before":
         return kernel / norm[..., None, :]
