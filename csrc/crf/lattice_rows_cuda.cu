@@ -60,22 +60,20 @@ cudaError_t launch_items(const LatticeView& l, const PointScale& scale, bool flo
 }
 
 cudaError_t launch_vertices(const LatticeView& l, const Rows& rows, const SplatItems& items, const SplatCarry& carry,
-                            const void* values, bool reverse, void* const tables[2], const void** result,
-                            cudaStream_t stream) {
-  *result = tables[0];
+                            const void* values, bool reverse, void* table, void* other, cudaStream_t stream) {
   if (l.vertices == 0) return cudaSuccess;
   const RowLanes lanes = row_lanes(rows.units(), kRowThreads);
   const int64_t segments = segments_of(l);
   return with_type(rows.float64, [&](auto t) {
     using T = decltype(t);
-    T *from = static_cast<T*>(tables[0]), *to = static_cast<T*>(tables[1]);
+    T *from = static_cast<T*>(table), *to = static_cast<T*>(other);
+    if (l.kernel_row != nullptr || l.corners % 2 == 1) std::swap(from, to);  // so that the last pass writes `table`
     lattice_splat_kernel<T><<<row_grid(lanes, segments), kRowThreads, 0, stream>>>(
         l, lanes, items, static_cast<const T*>(values), carry, from);
     const dim3 warps(static_cast<unsigned>(blocks_for(segments, kRowThreads / kWarpLanes)), lanes.chunks);
     lattice_carry_kernel<T><<<warps, kRowThreads, 0, stream>>>(l, lanes, segments, carry, from);
     if (l.kernel_row != nullptr) {
       lattice_product_kernel<T><<<row_grid(lanes, l.vertices), kRowThreads, 0, stream>>>(l, lanes, from, to);
-      std::swap(from, to);
     } else {
       for (int pass = 0; pass < l.corners; ++pass) {
         const int direction = reverse ? l.corners - 1 - pass : pass;
@@ -84,7 +82,6 @@ cudaError_t launch_vertices(const LatticeView& l, const Rows& rows, const SplatI
         std::swap(from, to);
       }
     }
-    *result = from;
   });
 }
 

@@ -66,9 +66,9 @@ cudaError_t launch_pack(const Rows&, const void* planes, int64_t images, int64_t
 cudaError_t launch_unpack(const Rows&, const void* rows, int64_t images, int64_t points, void* planes, cudaStream_t);
 
 cudaError_t launch_items(const LatticeView&, const PointScale&, bool float64, const SplatItems&, cudaStream_t);
-// Splat and blur, or the sparse product: rows [images * points, stride] -> a table [vertices, stride], one of the two.
+// Splat and blur, or the sparse product: rows [images * points, stride] -> table [vertices, stride]. other: like table.
 cudaError_t launch_vertices(const LatticeView&, const Rows&, const SplatItems&, const SplatCarry&, const void* rows,
-                            bool reverse, void* const tables[2], const void** result, cudaStream_t);
+                            bool reverse, void* table, void* other, cudaStream_t);
 // What the blur is multiplied by.
 double blur_factor(const LatticeView&);
 // planes [images, channels, points] = sum of weight * table[vertex], times the blur's factor

@@ -30,10 +30,9 @@ class Filtering {
 
   // [M, stride]
   const void* vertices(const void* rows, bool reverse) {
-    void* tables[2];
-    for (void*& table : tables) table = kept_.numbers(view_.vertices * rows_.stride(), rows_.float64);
-    const void* result = nullptr;
-    launches_.check(launch_vertices(view_, rows_, items_, carry_, rows, reverse, tables, &result, stream()));
+    const auto table = [&] { return kept_.numbers(view_.vertices * rows_.stride(), rows_.float64); };
+    void* const result = table();
+    launches_.check(launch_vertices(view_, rows_, items_, carry_, rows, reverse, result, table(), stream()));
     return result;
   }
 
