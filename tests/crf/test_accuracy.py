@@ -31,7 +31,7 @@ def test_levels(figures):
 
 
 def test_beside_pydensecrf(figures):
-    """fast is as near as pydensecrf (the same lattice, an exact smoothness kernel), high has at most half its errors."""
+    """fast is as near (the same lattice, an exact smoothness kernel), high has at most half its errors."""
     pytest.importorskip("pydensecrf.densecrf")
     fast, high, peer = figures["pyseg fast"], figures["pyseg high"], figures["pydensecrf2"]
     assert fast["marginals"][1] < peer["marginals"][1]
