@@ -115,8 +115,8 @@ def _case(problem: Problem) -> Case:
             "photo": problem.photo,
         },
         baseline=BASELINE,
-        # In three dimensions pydensecrf's smoothness kernel, on a lattice too, is far from the exact one: against pyseg's
-        # "high" its marginals are off by 0.05 in the mean where those of "fast" are off by 0.007.
+        # In three dimensions pydensecrf's smoothness kernel, on a lattice too, is far from the exact one: against
+        # pyseg's "high" its marginals are off by 0.05 in the mean where those of "fast" are off by 0.007.
         tolerance=0.4 if len(problem.shape) == 3 else 0.1,
         least=lambda: (0, pixels * (problem.classes * 8 + channels)),
         quick=problem.quick,
