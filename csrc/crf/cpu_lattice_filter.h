@@ -82,19 +82,26 @@ class VertexRows {
     for (T* table : tables_) __builtin_memset(table - rows_.stride(), 0, size_t(rows_.stride()) * sizeof(T));
   }
 
-  // Adds the row of a point to those of its vertices.
-  void splat(int64_t band, int64_t point, const T* row, T scale) const {
-    T* const sums = sums_ + band * table_size_ - lattice_.first * rows_.stride();
-    const int64_t at = point * lattice_.corners;
-    for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
-      V v[kN];
-      for (int j = 0; j < kN; ++j) v[j] = R::load(row + chunk * R::kChunk + j * R::kLane) * scale;
-      for (int c = 0; c < lattice_.corners; ++c) {
-        T* const to = sums + lattice_.vertex[at + c] * rows_.stride() + chunk * R::kChunk;
-        const T w = lattice_.weight[at + c];
-        for (int j = 0; j < kN; ++j) R::store(to + j * R::kLane, R::load(to + j * R::kLane) + v[j] * w);
+  // Adds the rows of `count` points, times scale(i), to those of their vertices.
+  template <typename Scale>
+  void splat(int64_t band, int64_t point, int64_t count, const T* row, const Scale& scale) const {
+    // In variables of its own: for all the compiler knows, what is stored below may be a member.
+    const int64_t stride = rows_.stride();
+    const int corners = lattice_.corners;
+    T* const sums = sums_ + band * table_size_ - lattice_.first * stride;
+    const int32_t* vertex = lattice_.vertex + point * corners;
+    const T* weight = lattice_.weight + point * corners;
+    for (int64_t i = 0; i < count; ++i, row += stride, vertex += corners, weight += corners)
+      for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
+        const T s = scale(i);
+        V v[kN];
+        for (int j = 0; j < kN; ++j) v[j] = R::load(row + chunk * R::kChunk + j * R::kLane) * s;
+        for (int c = 0; c < corners; ++c) {
+          T* const to = sums + vertex[c] * stride + chunk * R::kChunk;
+          const T w = weight[c];
+          for (int j = 0; j < kN; ++j) R::store(to + j * R::kLane, R::load(to + j * R::kLane) + v[j] * w);
+        }
       }
-    }
   }
 
   // Adds up what was splatted, blurs it and clears the sums for the next time.
@@ -135,15 +142,31 @@ class VertexRows {
     }
   }
 
-  // The rows of a point's simplex, weighted: chunk number `chunk` of it.
-  void slice(int64_t point, int64_t chunk, V (&sum)[kN]) const {
-    const T* const table = tables_[0] - lattice_.first * rows_.stride() + chunk * R::kChunk;
-    const int64_t at = point * lattice_.corners;
-    for (int j = 0; j < kN; ++j) sum[j] = V{};
-    for (int c = 0; c < lattice_.corners; ++c) {
-      const T* const from = table + lattice_.vertex[at + c] * rows_.stride();
-      const T w = lattice_.weight[at + c];
-      for (int j = 0; j < kN; ++j) sum[j] += R::load(from + j * R::kLane) * w;
+  // f(i, chunk, sum): the rows of the simplices of `count` points, weighted, in chunks.
+  template <typename F>
+  void slice(int64_t point, int64_t count, const F& f) const {
+    const int64_t stride = rows_.stride();
+    const int corners = lattice_.corners;
+    const T* const table = tables_[0] - lattice_.first * stride;
+    const int32_t* vertex = lattice_.vertex + point * corners;
+    const T* weight = lattice_.weight + point * corners;
+    for (int64_t i = 0; i < count; ++i, vertex += corners, weight += corners)
+      for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
+        V sum[kN];
+        for (int j = 0; j < kN; ++j) sum[j] = V{};
+        for (int c = 0; c < corners; ++c) {
+          const T* const from = table + vertex[c] * stride + chunk * R::kChunk;
+          const T w = weight[c];
+          for (int j = 0; j < kN; ++j) sum[j] += R::load(from + j * R::kLane) * w;
+        }
+        f(i, chunk, sum);
+      }
+  }
+
+  void prefetch(int64_t point, int64_t count) const {
+    for (int64_t e = 0; e < count * lattice_.corners; e += 16) {
+      __builtin_prefetch(lattice_.vertex + point * lattice_.corners + e);
+      __builtin_prefetch(lattice_.weight + point * lattice_.corners + e);
     }
   }
 
@@ -248,7 +271,7 @@ class LatticeFilter {
       for (int64_t band = begin; band < end; ++band)
         each_block(args_.points * band / bands, args_.points * (band + 1) / bands, [&](int64_t point, int64_t count) {
           pack_rows(rows_, plane(values, image, first_channel) + point, args_.points, channels, count, own, T(0));
-          for (int64_t i = 0; i < count; ++i) vertices.splat(band, point + i, own + i * rows_.stride(), T(1));
+          vertices.splat(band, point, count, own, [](int64_t) { return T(1); });
         });
     });
     vertices.blur(reverse, workers_);
@@ -260,13 +283,9 @@ class LatticeFilter {
     for_each_part(workers_, args_.points, [&](int64_t worker, int64_t begin, int64_t end) {
       T* const own = block(worker, 0);
       each_block(begin, end, [&](int64_t point, int64_t count) {
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
-            typename R::V sum[R::kN];
-            vertices.slice(point + i, chunk, sum);
-            for (int j = 0; j < R::kN; ++j)
-              R::store(own + i * rows_.stride() + chunk * R::kChunk + j * R::kLane, sum[j]);
-          }
+        vertices.slice(point, count, [&](int64_t i, int64_t chunk, const typename R::V(&sum)[R::kN]) {
+          for (int j = 0; j < R::kN; ++j) R::store(own + i * rows_.stride() + chunk * R::kChunk + j * R::kLane, sum[j]);
+        });
         T* const to = const_cast<T*>(plane(args_.output, image, first_channel)) + point;
         unpack_rows(rows_, own, args_.points, channels, count, to);
       });

@@ -107,6 +107,10 @@ class MeanField {
 
  private:
   static constexpr int64_t kBlock = 32;  // pixels of a line that are finished together
+#ifndef AHEAD
+#define AHEAD 500
+#endif
+  static constexpr int64_t kAhead = AHEAD;
   static constexpr int64_t kRingBytes = 192 * 1024;
 
   struct Kernel {
@@ -122,8 +126,8 @@ class MeanField {
     T* messages;  // of each Gaussian kernel, [kFirLines, kBlock, stride]
     T* column;    // [axes[0], kBlock, stride], to be filtered along z
     T* rows;      // [kBlock, stride]
-    T* row;       // a message, where compatibility is a matrix
-    T* energy;    // a row
+    T* message;   // [kBlock, stride], where compatibility is a matrix
+    T* energy;    // [kBlock, stride]
   };
 
   // A part of the image: columns x0..x1 - 1 of lines line0..line1 - 1, which are counted over all z.
@@ -162,13 +166,13 @@ class MeanField {
     own.messages = carver.take<T>(args_.gaussian_count * kFirLines * block_stride());
     own.column = carver.take<T>(depth ? (args_.axes[0] + kFirLines) * block_stride() : 0);
     own.rows = carver.take<T>(kBlock * stride_);
-    own.row = carver.take<T>(stride_);
-    own.energy = carver.take<T>(stride_);
+    own.message = carver.take<T>(kBlock * stride_);
+    own.energy = carver.take<T>(kBlock * stride_);
     return own;
   }
   Own own_of(int64_t worker) const {
     Own own = first_own_;
-    T** const parts[] = {&own.line, &own.rings, &own.messages, &own.column, &own.rows, &own.row, &own.energy};
+    T** const parts[] = {&own.line, &own.rings, &own.messages, &own.column, &own.rows, &own.message, &own.energy};
     for (T** p : parts) *p = reinterpret_cast<T*>(reinterpret_cast<char*>(*p) + worker * own_step_);
     return own;
   }
@@ -265,16 +269,6 @@ class MeanField {
     });
   }
 
-  // The energy of a row, in registers where it is one chunk.
-  struct Energy {
-    V chunk[kN];
-    T* memory;
-    V* at(int64_t i) {
-      if constexpr (R::kSingle) return chunk;
-      return reinterpret_cast<V*>(memory) + i * kN;
-    }
-  };
-
   // Reads unaries and initial marginals: whether there is a NaN.
   bool start(int64_t image, int64_t band, const Own& own, int64_t point, int64_t count, bool splat) const {
     const int64_t first = image * classes() * points_ + point;
@@ -287,42 +281,46 @@ class MeanField {
     T* const rows = marginals_[0] + point * stride_;
     if (args_.initial != nullptr)
       pack_rows(rows_, static_cast<const T*>(args_.initial) + first, points_, classes(), count, rows, T(0));
-    for (int64_t i = 0; i < count; ++i) {
-      if (args_.initial == nullptr) {
-        Energy energy;
-        energy.memory = own.energy;
-        for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
-          for (int j = 0; j < kN; ++j)
-            energy.at(chunk)[j] = R::load(unary + i * stride_ + chunk * R::kChunk + j * R::kLane);
-        softmax(energy, rows + i * stride_);
-      }
-      if (splat) splat_row(image, band, point + i, rows + i * stride_);
+    if (args_.initial == nullptr) {
+      memcpy(own.energy, unary, size_t(count * stride_) * sizeof(T));
+      softmax(own.energy, count, rows);
     }
+    if (splat) splat_rows(image, band, point, rows, count);
     if (!splat) unpack_rows(rows_, rows, points_, classes(), count, static_cast<T*>(args_.output) + first);
     return nan;
   }
 
-  // to = softmax(-energy)
-  void softmax(Energy& energy, T* to) const {
-    V least = energy.at(0)[0];
-    for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
-      for (int j = 0; j < kN; ++j) least = energy.at(chunk)[j] < least ? energy.at(chunk)[j] : least;
-    const T bottom = reduce_min(least);
-    V sum{};
-    for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
-      for (int j = 0; j < kN; ++j) {
-        const V e = row_exp(bottom - energy.at(chunk)[j]);
-        energy.at(chunk)[j] = e;
-        sum += e;
+  // to[i] = softmax(-energy[i]), rows of `count` points; overwrites the energies.
+  void softmax(T* energy, int64_t count, T* to) const {
+    for (int64_t i = 0; i < count; ++i, energy += stride_, to += stride_) {
+      V least = R::load(energy);
+      for (int64_t e = R::kLane; e < stride_; e += R::kLane) {
+        const V v = R::load(energy + e);
+        least = v < least ? v : least;
       }
-    const T scale = 1 / reduce_sum(sum);
-    for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
-      for (int j = 0; j < kN; ++j) R::store(to + chunk * R::kChunk + j * R::kLane, energy.at(chunk)[j] * scale);
+      const T bottom = reduce_min(least);
+      V sum{}, exps[kN];
+      for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
+        for (int j = 0; j < kN; ++j) {
+          T* const at = energy + chunk * R::kChunk + j * R::kLane;
+          exps[j] = row_exp(bottom - R::load(at));
+          if constexpr (!R::kSingle) R::store(at, exps[j]);
+          sum += exps[j];
+        }
+      const T scale = 1 / reduce_sum(sum);
+      for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
+        for (int j = 0; j < kN; ++j) {
+          const int64_t e = chunk * R::kChunk + j * R::kLane;
+          R::store(to + e, (R::kSingle ? exps[j] : R::load(energy + e)) * scale);
+        }
+    }
   }
 
-  void splat_row(int64_t image, int64_t band, int64_t point, const T* row) const {
-    for (int64_t k = 0; k < args_.lattice_count; ++k)
-      lattices_[k].splat(band, point, row, scale_at(args_.pairwise[k].scale_in, image, point));
+  void splat_rows(int64_t image, int64_t band, int64_t point, const T* rows, int64_t count) const {
+    for (int64_t k = 0; k < args_.lattice_count; ++k) {
+      const ScaleInput scale_in = args_.pairwise[k].scale_in;
+      lattices_[k].splat(band, point, count, rows, [&](int64_t i) { return scale_at(scale_in, image, point + i); });
+    }
   }
 
   // Marginals filtered along z.
@@ -415,54 +413,76 @@ class MeanField {
       copy_scaled(kernel.depth == nullptr ? scale : none, image, line + first, last - first,
                   kernel.depth == nullptr ? marginals : kernel.depth, data + (first - task.x0) * stride_);
       memset(data + (last - task.x0) * stride_, 0, size_t(after) * sizeof(T));
+      prefetch(marginals + (line + width + first) * stride_, (last - first) * stride_);
       const T one = 1;
       fir_shifted(data, stride_, radius(g)[2] < 0 ? &one : static_cast<const T*>(args_.taps[3 * g + 2]), r,
                   (task.x1 - task.x0) * stride_, own.rings + g * ring_size() + y % ring_lines_ * line_stride());
     }
   }
 
-  // Energies, marginals and what the next iteration's lattices need of `count` points.
+  // Lines of memory that will be read soon, which lie too far apart for the hardware to see them coming.
+  static void prefetch(const T* p, int64_t count) {
+    for (int64_t e = 0; e < count; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + e);
+  }
+
+  // Energies, marginals and what the next iteration's lattices need of `count` points. One loop for each: what depends on
+  // a row takes long, and a short loop keeps many rows in flight.
   void finish(int64_t image, int64_t band, const Own& own, int64_t point, int64_t count, const T* messages, T* to,
               bool last) const {
+    prefetch(unary_ + (point + kAhead) * stride_, count * stride_);
+    for (int64_t k = 0; k < args_.lattice_count; ++k) lattices_[k].prefetch(point + kAhead, count);
+    if (kernels_ == 0) memcpy(own.energy, unary_ + point * stride_, size_t(count * stride_) * sizeof(T));
+    for (int64_t k = 0; k < kernels_; ++k)
+      add_kernel(image, k, point, count, messages + (k - args_.lattice_count) * kFirLines * block_stride(),
+                 k == 0 ? unary_ + point * stride_ : own.energy, own);
     T* const rows = last ? own.rows : to + point * stride_;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t p = point + i;
-      Energy energy;
-      energy.memory = own.energy;
-      for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
-        for (int j = 0; j < kN; ++j)
-          energy.at(chunk)[j] = R::load(unary_ + p * stride_ + chunk * R::kChunk + j * R::kLane);
-      for (int64_t k = 0; k < kernels_; ++k) {
-        const PairwiseInput& pairwise = args_.pairwise[k];
-        const T scale = scale_at(pairwise.scale_out, image, p);
-        const T* const gaussian = messages + (k - args_.lattice_count) * kFirLines * block_stride() + i * stride_;
-        for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
-          V message[kN];
-          if (k < args_.lattice_count)
-            lattices_[k].slice(p, chunk, message);
-          else
-            for (int j = 0; j < kN; ++j) message[j] = R::load(gaussian + chunk * R::kChunk + j * R::kLane);
-          for (int j = 0; j < kN; ++j) {
-            const int64_t e = chunk * R::kChunk + j * R::kLane;
-            if (pairwise.matrix)
-              R::store(own.row + e, message[j] * scale);
-            else
-              energy.at(chunk)[j] += message[j] * scale * R::load(kernel_[k].compatibility + e);
-          }
-        }
-        if (!pairwise.matrix) continue;
-        for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
-          for (int64_t c = 0; c < classes(); ++c)
-            for (int j = 0; j < kN; ++j)
-              energy.at(chunk)[j] +=
-                  R::load(kernel_[k].compatibility + c * stride_ + chunk * R::kChunk + j * R::kLane) * own.row[c];
-      }
-      softmax(energy, rows + i * stride_);
-      if (!last) splat_row(image, band, p, rows + i * stride_);
-    }
+    softmax(own.energy, count, rows);
     if (last)
       unpack_rows(rows_, rows, points_, classes(), count,
                   static_cast<T*>(args_.output) + image * classes() * points_ + point);
+    else
+      splat_rows(image, band, point, rows, count);
+  }
+
+  // own.energy = base + compatibility * message of `count` points. gaussian: the message's rows of a Gaussian kernel.
+  void add_kernel(int64_t image, int64_t k, int64_t point, int64_t count, const T* gaussian, const T* base,
+                  const Own& own) const {
+    const int64_t stride = stride_;
+    const bool matrix = args_.pairwise[k].matrix;
+    const ScaleInput scale_out = args_.pairwise[k].scale_out;
+    T* const to = matrix ? own.message : own.energy;
+    const T* const factor = kernel_[k].compatibility;
+    const auto receive = [&](int64_t i, int64_t chunk, const V(&message)[kN]) {
+      const T scale = scale_at(scale_out, image, point + i);
+      for (int j = 0; j < kN; ++j) {
+        const int64_t e = chunk * R::kChunk + j * R::kLane;
+        const V m = message[j] * scale;
+        R::store(to + i * stride + e, matrix ? m : R::load(base + i * stride + e) + m * R::load(factor + e));
+      }
+    };
+    if (k < args_.lattice_count) {
+      lattices_[k].slice(point, count, receive);
+    } else {
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
+          V message[kN];
+          for (int j = 0; j < kN; ++j) message[j] = R::load(gaussian + i * stride + chunk * R::kChunk + j * R::kLane);
+          receive(i, chunk, message);
+        }
+    }
+    if (!matrix) return;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
+        const int64_t at = i * stride + chunk * R::kChunk;
+        V sum[kN];
+        for (int j = 0; j < kN; ++j) sum[j] = R::load(base + at + j * R::kLane);
+        for (int64_t c = 0; c < classes(); ++c) {
+          const T* const column = factor + c * stride + chunk * R::kChunk;
+          const T m = own.message[i * stride + c];
+          for (int j = 0; j < kN; ++j) sum[j] += R::load(column + j * R::kLane) * m;
+        }
+        for (int j = 0; j < kN; ++j) R::store(own.energy + at + j * R::kLane, sum[j]);
+      }
   }
 };
 
