@@ -43,9 +43,10 @@ inline int64_t segments_of(const LatticeView& l) { return (l.entries + kSegment 
 
 // What splatting reads: the entries by vertex.
 struct SplatItems {
-  uint32_t* point;   // [entries]: of all images; the top bit says that a vertex begins
-  void* weight;      // [entries]
-  int32_t* vertex;   // [segments]: that of the segment's first entry
+  // [segments, kSegment], the last one need not be full.
+  uint32_t* point;  // of all images; the top bit says that a vertex begins
+  void* weight;
+  int32_t* vertex;  // [segments]: that of the segment's first entry
 };
 
 // What splatting writes besides: sums of vertices that reach over segments.

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kSimplexThreads)
   const int64_t block = int64_t{blockIdx.x} * kSimplexThreads;
   const int64_t last = p.images * p.points - 1, own = block + threadIdx.x;
   const int64_t at = own < last ? own : last;  // all threads of a block stay for its barriers
-  const int64_t image = at / p.points;
+  const int64_t image = uint32_t(at) / uint32_t(p.points);  // entries are fewer than 2^31
 
   // 1. The simplex and the weights.
   T elevated[kCorners], base[kCorners], rank[kCorners], w[kCorners];
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kSimplexThreads)
   T grad[kCorners], grad_elevated[kCorners], grad_scaled[kD];
   Staging::read(shared, grad_weight + block * kCorners, count, grad);
   if (at >= p.images * p.points) return;
-  const int64_t image = at / p.points, point = at - image * p.points;
+  const int64_t image = uint32_t(at) / uint32_t(p.points), point = at - image * p.points;
   T elevated[kCorners], base[kCorners], rank[kCorners];
   enclose<kD>(p, scales, image, point, elevated, base, rank);
   barycentric_weights_vjp<kD, T>(grad, rank, grad_elevated);
