@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kGaussianThreads)
   const T* from = static_cast<const T*>(p.from) + line;
   const T* taps = static_cast<const T*>(p.taps);
   // A line lies in one image.
-  const T* scale = p.scale == nullptr ? nullptr : static_cast<const T*>(p.scale) + divide(line, p.scale_run) % p.scale_period;
+  const T* scale =
+      p.scale == nullptr ? nullptr : static_cast<const T*>(p.scale) + divide(line, p.scale_run) % p.scale_period;
   const int64_t scale_step = p.inner / p.scale_run;
 
   T sum[kOutputs][kUnit] = {};

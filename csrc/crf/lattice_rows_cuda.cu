@@ -78,8 +78,7 @@ cudaError_t launch_vertices(const LatticeView& l, const Rows& rows, const SplatI
     } else {
       for (int pass = 0; pass < l.corners; ++pass) {
         const int direction = reverse ? l.corners - 1 - pass : pass;
-        lattice_blur_kernel<T>
-            <<<row_grid(lanes, l.vertices), kRowThreads, 0, stream>>>(l, lanes, direction, from, to);
+        lattice_blur_kernel<T><<<row_grid(lanes, l.vertices), kRowThreads, 0, stream>>>(l, lanes, direction, from, to);
         std::swap(from, to);
       }
     }

@@ -2,12 +2,12 @@
 // gathers of rows in units of 16 bytes, neighbouring threads on neighbouring units.
 //
 // Splat: the entries, sorted by vertex, are cut into segments of kSegment; the threads of a row add up a segment's
-// weight * row and write a vertex's sum where it ends. A vertex that reaches over segments leaves sums for each, which a
-// warp adds up in a second kernel. So the work of a thread does not depend on how points crowd.
+// weight * row and write a vertex's sum where it ends. A vertex that reaches over segments leaves sums for each, which
+// a warp adds up in a second kernel. So the work of a thread does not depend on how points crowd.
 // Blur: one kernel for each direction, from table to table. Or the sparse product: a gather over the row of a vertex.
 // Slice: a block takes 32 points; results go through shared memory to their planes.
-// Indices that a corrupt lattice may hold are compared with sizes before they are used. Bytes at the least: each entry's
-// row once for the splat and once for the slice, each vertex's row three times and written once for each direction.
+// Indices that a corrupt lattice may hold are compared with sizes before use. Bytes at the least: each entry's row
+// once for the splat and once for the slice, each vertex's row three times and written once for each direction.
 // No atomics, sums in a fixed order: deterministic.
 #pragma once
 
@@ -94,9 +94,8 @@ __device__ __forceinline__ void unit_to_tile(const Unit<T>& unit, int u, int p, 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
-    crf_unpack_kernel(const __grid_constant__ RowLanes lanes, const T* rows, int64_t points, int64_t channels,
-                      T* planes) {
+__global__ void __launch_bounds__(kRowThreads) crf_unpack_kernel(const __grid_constant__ RowLanes lanes, const T* rows,
+                                                                 int64_t points, int64_t channels, T* planes) {
   T* tile = point_tile<T>();
   const TilePlace<T> place(lanes, points, channels);
   const int64_t first = place.image * points + place.point, stride = int64_t{lanes.units} * Unit<T>::kLanes;
@@ -143,8 +142,8 @@ __device__ __forceinline__ int64_t used_entries(const LatticeView& l) {
 template <typename T>
 __global__ void __launch_bounds__(kSplatThreads)
     lattice_splat_kernel(const __grid_constant__ LatticeView l, const __grid_constant__ RowLanes lanes,
-                         const __grid_constant__ SplatItems items, const T* rows, const __grid_constant__ SplatCarry carry,
-                         T* table) {
+                         const __grid_constant__ SplatItems items, const T* rows,
+                         const __grid_constant__ SplatCarry carry, T* table) {
   const int r = threadIdx.x / lanes.per_row, u = int(blockIdx.y) * lanes.per_row + threadIdx.x % lanes.per_row;
   const int64_t s = int64_t{blockIdx.x} * lanes.rows + r, first = s * kSegment, used = used_entries(l);
   if (r >= lanes.rows || u >= lanes.units || first >= l.entries) return;

@@ -24,13 +24,13 @@ struct LatticeView {
   int64_t images, points;
   int corners;
   int64_t vertices;
-  const int32_t* vertex;     // [images, points, corners]
-  const void* weight;        // [images, points, corners]
-  const int32_t* row;        // [vertices + 1]
-  const int32_t* entry;      // [images, points, corners]
-  const int32_t* neighbour;  // [corners, vertices, 2]
-  const int64_t* offset;     // [images + 1]
-  const int64_t* kernel_row; // [vertices + 1]; null: blur
+  const int32_t* vertex;      // [images, points, corners]
+  const void* weight;         // [images, points, corners]
+  const int32_t* row;         // [vertices + 1]
+  const int32_t* entry;       // [images, points, corners]
+  const int32_t* neighbour;   // [corners, vertices, 2]
+  const int64_t* offset;      // [images + 1]
+  const int64_t* kernel_row;  // [vertices + 1]; null: blur
   const int32_t* kernel_vertex;
   const void* kernel_weight;
   int64_t kernel_entries;
@@ -61,7 +61,7 @@ struct PointScale {
   int64_t image_stride;
 };
 
-// planes [images, channels, points] -> rows [images * points, stride], times `factor`; channels beyond the last are `pad`.
+// planes [images, channels, points] -> rows [images * points, stride], times `factor`; beyond the channels `pad`.
 cudaError_t launch_pack(const Rows&, const void* planes, int64_t images, int64_t points, double factor, double pad,
                         void* rows, cudaStream_t);
 cudaError_t launch_unpack(const Rows&, const void* rows, int64_t images, int64_t points, void* planes, cudaStream_t);

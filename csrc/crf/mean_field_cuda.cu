@@ -174,7 +174,7 @@ class MeanField {
 };
 
 Tensor mean_field(Tensor unary, std::optional<Tensor> initial, int64_t iterations, double temperature,
-                  std::vector<Tensor> lattices, std::vector<double> sigmas, double truncate,
+                  std::vector<Tensor> lattices, std::vector<double> sigmas, double truncate, bool /*coarse*/,
                   std::vector<Tensor> scale_in, std::vector<Tensor> scale_out, std::vector<Tensor> compatibility) {
   const MeanFieldShape shape =
       check_mean_field(unary, initial, iterations, temperature, lattices, sigmas, scale_in, scale_out, compatibility);

@@ -7,7 +7,8 @@
 // warp, takes a point, each thread the units lane, lane + group, ...: up to kUnits of them in registers, more in
 // the result's own row. A full compatibility matrix is multiplied with messages that the group exchanges through shared
 // memory. Minimum and sum of the softmax go through shuffles. Bytes at the least for a point: its unaries, a row for
-// each corner and lattice, a row for each Gaussian kernel, its marginals. No atomics, sums in a fixed order: deterministic.
+// each corner and lattice, a row for each Gaussian kernel, its marginals. No atomics, sums in a fixed order:
+// deterministic.
 #pragma once
 
 #include "crf/lattice_rows_cuda.cuh"
@@ -83,9 +84,8 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks<kUnits>)
   // 1. Unary energies.
 #pragma unroll(kAtOnce)
   for (int n = 0; n < count; ++n)
-    energies.set(n, energies.has(n)
-                        ? load_unit(static_cast<const T*>(a.energy) + at * stride + energies.channel(n))
-                        : Unit<T>::all(T(INFINITY)));
+    energies.set(n, energies.has(n) ? load_unit(static_cast<const T*>(a.energy) + at * stride + energies.channel(n))
+                                    : Unit<T>::all(T(INFINITY)));
 
   // 2. Messages.
   for (int k = 0; k < a.count; ++k) {

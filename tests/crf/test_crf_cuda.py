@@ -85,7 +85,7 @@ def test_simplices_write_once(device):
 
 
 def test_too_few_vertices(device):
-    """Without a synchronisation nobody can raise: points at vertices that are left out become NaN, the count is true."""
+    """Without a synchronisation nobody can raise: points at vertices that are left out are NaN, the count is true."""
     features, values = randn(2, 3, 30, dtype=FLOAT), rand(2, 4, 30, dtype=FLOAT)
     whole = permutohedral_lattice(features.to(device))
     count = whole.offset[-1].item()
@@ -255,7 +255,7 @@ def mean_field(unary, features, accuracy="fast", gaussians=1, matrix=False, iter
 
 def compare(arguments, features, device, tolerance):
     got = MEAN_FIELD(*arguments)
-    unary, initial, iterations, temperature, lattices, sigmas, truncate, before, after, costs = arguments
+    unary, initial, iterations, temperature, _, sigmas, truncate, before, after, costs = arguments
     cpu = [None if t is None else t.cpu() for t in (unary, initial)]
     lists = [[t.cpu() for t in tensors] for tensors in (before, after, costs)]
     lattice = [] if features is None else list(permutohedral_lattice(features.cpu())[:9])
