@@ -496,10 +496,7 @@ class MeanField {
   void softmax(T* energy, int64_t count, T* to) const {
     for (int64_t i = 0; i < count; ++i, energy += stride_, to += stride_) {
       V least = R::load(energy);
-      for (int64_t e = R::kLane; e < stride_; e += R::kLane) {
-        const V v = R::load(energy + e);
-        least = v < least ? v : least;
-      }
+      for (int64_t e = R::kLane; e < stride_; e += R::kLane) least = row_min(least, R::load(energy + e));
       const T bottom = reduce_min(least);
       V sum{}, exps[kN];
       for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk)
