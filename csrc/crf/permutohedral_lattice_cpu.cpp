@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> permutohedral
                             .key = static_cast<int16_t*>(key.data_ptr()),
                             .rows = rows},
                            workers);
-  PYSEG_CHECK(rows == build.vertices || rows == max_vertices, kLattice, ": max_vertices must be at least ",
-              build.vertices, ", got ", max_vertices);
+  PYSEG_CHECK(max_vertices < 0 || rows == max_vertices, kLattice, ": max_vertices must be at least ", build.vertices,
+              ", got ", max_vertices);
   const auto none = [&] { return torch::stable::new_empty(points, {0}, ScalarType::Int); };
   return {vertex, weight, none(), none(), neighbour, offset, key};
 }

@@ -2,9 +2,19 @@
 
 from pyseg.nn.atrous_conv2d import AtrousConv2d as AtrousConv2d
 from pyseg.nn.atrous_conv2d import AtrousConv2dPlan as AtrousConv2dPlan
+from pyseg.nn.dense_crf import CRFasRNN as CRFasRNN
+from pyseg.nn.dense_crf import DenseCRF as DenseCRF
 from pyseg.nn.losses import *  # noqa: F403
 from pyseg.nn.losses import __all__ as _losses
 from pyseg.nn.metrics import ConfusionMatrix as ConfusionMatrix
 from pyseg.nn.metrics import SegmentationMetrics as SegmentationMetrics
 
-__all__ = ["AtrousConv2d", "AtrousConv2dPlan", "ConfusionMatrix", "SegmentationMetrics", *_losses]
+__all__ = [
+    "AtrousConv2d",
+    "AtrousConv2dPlan",
+    "CRFasRNN",
+    "ConfusionMatrix",
+    "DenseCRF",
+    "SegmentationMetrics",
+    *_losses,
+]
