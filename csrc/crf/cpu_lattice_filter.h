@@ -64,31 +64,34 @@ class VertexRows {
   static constexpr int kN = R::kN;
 
   static int64_t workspace(const R& rows, int64_t bands, int64_t vertices) {
-    return (bands + 2) * (vertices + 1) * rows.stride() * int64_t(sizeof(T));
+    return (bands + 2) * (vertices + 1) * pitch_of(rows) * int64_t(sizeof(T));
   }
 
   VertexRows(const R& rows, const ImageLattice<T>& lattice, int64_t bands, T* memory)
-      : rows_(rows), lattice_(lattice), bands_(bands), table_size_((lattice.vertices + 1) * rows.stride()) {
-    for (int i = 0; i < 2; ++i) tables_[i] = memory + i * table_size_ + rows.stride();
-    sums_ = memory + 2 * table_size_ + rows.stride();
+      : rows_(rows),
+        lattice_(lattice),
+        bands_(bands),
+        pitch_(pitch_of(rows)),
+        table_size_((lattice.vertices + 1) * pitch_) {
+    for (int i = 0; i < 2; ++i) tables_[i] = memory + i * table_size_ + pitch_;
+    sums_ = memory + 2 * table_size_ + pitch_;
   }
 
   // Before the first splat.
   void clear(const Workers& workers) {
     for_each_part(workers, bands_, [&](int64_t, int64_t begin, int64_t end) {
-      __builtin_memset(sums_ - rows_.stride() + begin * table_size_, 0,
-                       size_t((end - begin) * table_size_) * sizeof(T));
+      __builtin_memset(sums_ - pitch_ + begin * table_size_, 0, size_t((end - begin) * table_size_) * sizeof(T));
     });
-    for (T* table : tables_) __builtin_memset(table - rows_.stride(), 0, size_t(rows_.stride()) * sizeof(T));
+    for (T* table : tables_) __builtin_memset(table - pitch_, 0, size_t(pitch_) * sizeof(T));
   }
 
   // Adds the rows of `count` points, times scale(i), to those of their vertices.
   template <typename Scale>
   void splat(int64_t band, int64_t point, int64_t count, const T* row, const Scale& scale) const {
     // In variables of its own: for all the compiler knows, what is stored below may be a member.
-    const int64_t stride = rows_.stride();
+    const int64_t stride = rows_.stride(), pitch = pitch_of(rows_);
     const int corners = lattice_.corners;
-    T* const sums = sums_ + band * table_size_ - lattice_.first * stride;
+    T* const sums = sums_ + band * table_size_ - lattice_.first * pitch;
     const int32_t* vertex = lattice_.vertex + point * corners;
     const T* weight = lattice_.weight + point * corners;
     for (int64_t i = 0; i < count; ++i, row += stride, vertex += corners, weight += corners)
@@ -97,7 +100,7 @@ class VertexRows {
         V v[kN];
         for (int j = 0; j < kN; ++j) v[j] = R::load(row + chunk * R::kChunk + j * R::kLane) * s;
         for (int c = 0; c < corners; ++c) {
-          T* const to = sums + vertex[c] * stride + chunk * R::kChunk;
+          T* const to = sums + vertex[c] * pitch + chunk * R::kChunk;
           const T w = weight[c];
           for (int j = 0; j < kN; ++j) R::store(to + j * R::kLane, R::load(to + j * R::kLane) + v[j] * w);
         }
@@ -106,18 +109,19 @@ class VertexRows {
 
   // Adds up what was splatted, blurs it and clears the sums for the next time.
   void blur(bool reverse, const Workers& workers) {
-    const int64_t stride = rows_.stride();
+    const int64_t stride = rows_.stride(), pitch = pitch_of(rows_);
     for_each_part(workers, lattice_.vertices, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t e = begin * stride; e < end * stride; e += R::kLane) {
-        V sum = R::load(sums_ + e);
-        R::store(sums_ + e, V{});
-        for (int64_t band = 1; band < bands_; ++band) {
-          T* const from = sums_ + band * table_size_ + e;
-          sum += R::load(from);
-          R::store(from, V{});
+      for (int64_t v = begin; v < end; ++v)
+        for (int64_t e = v * pitch; e < v * pitch + stride; e += R::kLane) {
+          V sum = R::load(sums_ + e);
+          R::store(sums_ + e, V{});
+          for (int64_t band = 1; band < bands_; ++band) {
+            T* const from = sums_ + band * table_size_ + e;
+            sum += R::load(from);
+            R::store(from, V{});
+          }
+          R::store(tables_[0] + e, sum);
         }
-        R::store(tables_[0] + e, sum);
-      }
     });
     if (lattice_.kernel_row != nullptr) return product(workers);
     const int corners = lattice_.corners;
@@ -131,11 +135,11 @@ class VertexRows {
         for (int64_t v = begin; v < end; ++v) {
           const int32_t* const next = neighbour + 2 * (lattice_.first + v);
           // -1 leads to the row of zeros.
-          const T* const a = from + (next[0] < 0 ? -1 : next[0] - lattice_.first) * stride;
-          const T* const b = from + (next[1] < 0 ? -1 : next[1] - lattice_.first) * stride;
+          const T* const a = from + (next[0] < 0 ? -1 : next[0] - lattice_.first) * pitch;
+          const T* const b = from + (next[1] < 0 ? -1 : next[1] - lattice_.first) * pitch;
           for (int64_t e = 0; e < stride; e += R::kLane)
-            R::store(to + v * stride + e,
-                     R::load(from + v * stride + e) * outer + (R::load(a + e) + R::load(b + e)) * half);
+            R::store(to + v * pitch + e,
+                     R::load(from + v * pitch + e) * outer + (R::load(a + e) + R::load(b + e)) * half);
         }
       });
       swap_tables();
@@ -145,9 +149,9 @@ class VertexRows {
   // f(i, chunk, sum): the rows of the simplices of `count` points, weighted, in chunks.
   template <typename F>
   void slice(int64_t point, int64_t count, const F& f) const {
-    const int64_t stride = rows_.stride();
+    const int64_t pitch = pitch_of(rows_);
     const int corners = lattice_.corners;
-    const T* const table = tables_[0] - lattice_.first * stride;
+    const T* const table = tables_[0] - lattice_.first * pitch;
     const int32_t* vertex = lattice_.vertex + point * corners;
     const T* weight = lattice_.weight + point * corners;
     for (int64_t i = 0; i < count; ++i, vertex += corners, weight += corners)
@@ -155,7 +159,7 @@ class VertexRows {
         V sum[kN];
         for (int j = 0; j < kN; ++j) sum[j] = V{};
         for (int c = 0; c < corners; ++c) {
-          const T* const from = table + vertex[c] * stride + chunk * R::kChunk;
+          const T* const from = table + vertex[c] * pitch + chunk * R::kChunk;
           const T w = weight[c];
           for (int j = 0; j < kN; ++j) sum[j] += R::load(from + j * R::kLane) * w;
         }
@@ -171,15 +175,21 @@ class VertexRows {
   }
 
   // The row of a vertex, counted over all images, after `blur`.
-  const T* blurred(int64_t vertex) const { return tables_[0] + (vertex - lattice_.first) * rows_.stride(); }
+  const T* blurred(int64_t vertex) const { return tables_[0] + (vertex - lattice_.first) * pitch_; }
   const ImageLattice<T>& lattice() const { return lattice_; }
 
  private:
   R rows_;
   ImageLattice<T> lattice_;
-  int64_t bands_, table_size_;
+  int64_t bands_, pitch_, table_size_;
   T* tables_[2];
   T* sums_;
+
+  // From a row to the next: vectors must not lie across two cache lines, for what was just stored is loaded again.
+  static int64_t pitch_of(const R& rows) {
+    if constexpr (R::kSingle) return R::kChunk == 24 ? 32 : R::kChunk;
+    return rows.stride();
+  }
 
   void swap_tables() {
     T* const table = tables_[0];
@@ -188,21 +198,21 @@ class VertexRows {
   }
 
   void product(const Workers& workers) {
-    const int64_t stride = rows_.stride();
+    const int64_t pitch = pitch_of(rows_);
     for_each_part(workers, lattice_.vertices, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v) {
         const int64_t first = lattice_.kernel_row[lattice_.first + v],
                       last = lattice_.kernel_row[lattice_.first + v + 1];
         for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
-          const T* const from = tables_[0] - lattice_.first * stride + chunk * R::kChunk;
+          const T* const from = tables_[0] - lattice_.first * pitch + chunk * R::kChunk;
           V sum[kN];
           for (int j = 0; j < kN; ++j) sum[j] = V{};
           for (int64_t at = first; at < last; ++at) {
-            const T* const row = from + lattice_.kernel_vertex[at] * stride;
+            const T* const row = from + lattice_.kernel_vertex[at] * pitch;
             const T w = lattice_.kernel_weight[at];
             for (int j = 0; j < kN; ++j) sum[j] += R::load(row + j * R::kLane) * w;
           }
-          for (int j = 0; j < kN; ++j) R::store(tables_[1] + v * stride + chunk * R::kChunk + j * R::kLane, sum[j]);
+          for (int j = 0; j < kN; ++j) R::store(tables_[1] + v * pitch + chunk * R::kChunk + j * R::kLane, sum[j]);
         }
       }
     });

@@ -30,24 +30,58 @@ PYSEG_ROW_VEC(float, 16)
 #endif
 #undef PYSEG_ROW_VEC
 
-// The layout of rows: chunks of kVectors vectors of kWidth elements, of which there is one where kOne is set.
-template <typename Element, int kWidth, int kVectors, bool kOne>
+#if defined(__AVX512F__)
+// 24 floats, the padded channels of 17 to 24 classes, in a whole and half a register.
+struct Vec24 {
+  RowVecTypes<float, 16>::Vec low;
+  RowVecTypes<float, 8>::Vec high;
+};
+inline Vec24 operator+(Vec24 a, Vec24 b) { return {a.low + b.low, a.high + b.high}; }
+inline Vec24 operator*(Vec24 a, Vec24 b) { return {a.low * b.low, a.high * b.high}; }
+inline Vec24 operator*(Vec24 a, float b) { return {a.low * b, a.high * b}; }
+inline Vec24 operator-(float a, Vec24 b) { return {a - b.low, a - b.high}; }
+inline Vec24& operator+=(Vec24& a, Vec24 b) { return a = a + b; }
+#endif
+
+// The layout of rows: chunks of kVectors vectors V, of which there is one where kOne is set.
+template <typename Element, typename Vector, int kVectors, bool kOne>
 struct Rows {
   using T = Element;
-  using V = typename RowVecTypes<T, kWidth>::Vec;
-  static constexpr int kLane = kWidth, kN = kVectors, kChunk = kWidth * kVectors;
+  using V = Vector;
+  static constexpr int kLane = sizeof(V) / sizeof(T), kN = kVectors, kChunk = kLane * kVectors;
   static constexpr bool kSingle = kOne;
 
   explicit Rows(int64_t channels) : chunks_((channels + kChunk - 1) / kChunk) {}
   int64_t chunks() const { return kOne ? 1 : chunks_; }
   int64_t stride() const { return kOne ? kChunk : chunks_ * kChunk; }
 
-  static V load(const T* p) { return *reinterpret_cast<const typename RowVecTypes<T, kWidth>::Unaligned*>(p); }
-  static void store(T* p, V v) { *reinterpret_cast<typename RowVecTypes<T, kWidth>::Unaligned*>(p) = v; }
+  static V load(const T* p) { return *reinterpret_cast<const typename RowVecTypes<T, kLane>::Unaligned*>(p); }
+  static void store(T* p, V v) { *reinterpret_cast<typename RowVecTypes<T, kLane>::Unaligned*>(p) = v; }
 
  private:
   int64_t chunks_;
 };
+
+#if defined(__AVX512F__)
+struct Rows24 {
+  using T = float;
+  using V = Vec24;
+  static constexpr int kLane = 24, kN = 1, kChunk = 24;
+  static constexpr bool kSingle = true;
+
+  int64_t chunks() const { return 1; }
+  int64_t stride() const { return kChunk; }
+
+  static V load(const T* p) {
+    return {*reinterpret_cast<const RowVecTypes<T, 16>::Unaligned*>(p),
+            *reinterpret_cast<const RowVecTypes<T, 8>::Unaligned*>(p + 16)};
+  }
+  static void store(T* p, V v) {
+    *reinterpret_cast<RowVecTypes<T, 16>::Unaligned*>(p) = v.low;
+    *reinterpret_cast<RowVecTypes<T, 8>::Unaligned*>(p + 16) = v.high;
+  }
+};
+#endif
 
 constexpr int64_t kMostOneChunk = 32;  // channels
 
@@ -59,18 +93,22 @@ inline auto with_rows(bool float64, int64_t channels, const F& f) {
 #else
   constexpr int kWidth = 4;
 #endif
-  if (float64) return f(Rows<double, kWidth / 2, 16 / kWidth, false>(channels));
-  if (channels <= 4) return f(Rows<float, 4, 1, true>(channels));
-  if (channels <= 8) return f(Rows<float, kWidth, 8 / kWidth, true>(channels));
-  if (channels > 16 && channels <= 24) return f(Rows<float, kWidth, 24 / kWidth, true>(channels));
+  using Narrow = RowVecTypes<float, 4>::Vec;
+  using Usual = RowVecTypes<float, kWidth>::Vec;
+  if (float64) return f(Rows<double, RowVecTypes<double, kWidth / 2>::Vec, 16 / kWidth, false>(channels));
+  if (channels <= 4) return f(Rows<float, Narrow, 1, true>(channels));
+  if (channels <= 8) return f(Rows<float, Usual, 8 / kWidth, true>(channels));
 #if defined(__AVX512F__)
   constexpr int kWide = 16;
+  if (channels > 16 && channels <= 24) return f(Rows24());
 #else
   constexpr int kWide = kWidth;
+  if (channels > 16 && channels <= 24) return f(Rows<float, Usual, 24 / kWidth, true>(channels));
 #endif
-  if (channels <= 16) return f(Rows<float, kWide, 16 / kWide, true>(channels));
-  if (channels <= 32) return f(Rows<float, kWide, 32 / kWide, true>(channels));
-  return f(Rows<float, kWide, 32 / kWide, false>(channels));
+  using Wide = RowVecTypes<float, kWide>::Vec;
+  if (channels <= 16) return f(Rows<float, Wide, 16 / kWide, true>(channels));
+  if (channels <= 32) return f(Rows<float, Wide, 32 / kWide, true>(channels));
+  return f(Rows<float, Wide, 32 / kWide, false>(channels));
 }
 
 template <typename V>
@@ -88,6 +126,16 @@ struct HalfOf<RowVecTypes<float, 16>::Vec> {
 };
 #endif
 
+// f of the lower and the upper half of the lanes.
+template <typename V, typename F>
+inline auto reduce_halves(V v, const F& f) {
+  typedef typename HalfOf<V>::type Half;
+  Half low, high;
+  __builtin_memcpy(&low, &v, sizeof(Half));
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
+  return f(low, high);
+}
+
 // Combines all lanes with f(a, b) of vectors or numbers, in a fixed order.
 template <typename V, typename F>
 inline auto reduce(V v, const F& f) {
@@ -97,21 +145,24 @@ inline auto reduce(V v, const F& f) {
   } else if constexpr (kWidth == 4) {
     return f(f(v[0], v[2]), f(v[1], v[3]));
   } else {
-    typedef typename HalfOf<V>::type Half;
-    Half low, high;
-    __builtin_memcpy(&low, &v, sizeof(Half));
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
-    return reduce(f(low, high), f);
+    return reduce(reduce_halves(v, f), f);
   }
 }
 
+constexpr auto kSum = [](auto a, auto b) { return a + b; };
+constexpr auto kMin = [](auto a, auto b) { return b < a ? b : a; };
+
 template <typename V>
 inline auto reduce_sum(V v) {
-  return reduce(v, [](auto a, auto b) { return a + b; });
+  return reduce(v, kSum);
 }
 template <typename V>
 inline auto reduce_min(V v) {
-  return reduce(v, [](auto a, auto b) { return b < a ? b : a; });
+  return reduce(v, kMin);
+}
+template <typename V>
+inline V row_min(V a, V b) {
+  return kMin(a, b);
 }
 
 template <typename V>
@@ -123,6 +174,13 @@ inline V row_exp(V x) {
     return x;
   }
 }
+
+#if defined(__AVX512F__)
+inline float reduce_sum(Vec24 v) { return reduce(reduce_halves(v.low, kSum) + v.high, kSum); }
+inline float reduce_min(Vec24 v) { return reduce(kMin(reduce_halves(v.low, kMin), v.high), kMin); }
+inline Vec24 row_min(Vec24 a, Vec24 b) { return {kMin(a.low, b.low), kMin(a.high, b.high)}; }
+inline Vec24 row_exp(Vec24 x) { return {exp_nonpositive_float(x.low), exp_nonpositive_float(x.high)}; }
+#endif
 
 // to[j * rows.stride() + c] = from[c * points + j] for j < count and c < channels, zero for other c.
 template <typename R, typename T>

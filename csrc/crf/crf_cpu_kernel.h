@@ -100,6 +100,7 @@ struct MeanFieldArgs {
   int64_t lattice_count;
   const void* const* taps;  // [gaussian_count, 3]: [radius + 1] each, the middle one first
   const int64_t* radius;    // [gaussian_count, 3]; -1: the axis is left as it is
+  const bool* coarse;       // [gaussian_count]: taps of y and x are those between the nodes of a coarse grid
   int64_t gaussian_count;
   const PairwiseInput* pairwise;  // of the lattices, then of the Gaussian kernels
   void* output;                   // like unary

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <list>
+#include <memory>
 
 #include "crf/crf_cpu.h"
 
@@ -10,8 +11,22 @@ namespace {
 
 using torch::stable::Tensor;
 
+constexpr double kLeastCoarseSigma = 2;  // in pixels
+
+// The taps between nodes two pixels apart which, with the tents [1 3 3 1] / 4 before and after them, make up a Gaussian:
+// of the variance that the tents, of 3/4 each, leave over, and of the sum that its own taps have.
+std::vector<double> coarse_taps(double sigma, double truncate) {
+  const double variance = (sigma * sigma - 1.5) / 4;
+  std::vector<double> taps(gaussian_radius(kMeanField, std::sqrt(variance), truncate) + 2, 1.);
+  double sum = 1, wanted = -1;
+  for (size_t x = 1; x < taps.size(); ++x) sum += 2 * (taps[x] = std::exp(-double(x) * double(x) / (2 * variance)));
+  for (const double tap : gaussian_taps(kMeanField, sigma, truncate, false)) wanted += 2 * tap;
+  for (double& tap : taps) tap *= wanted / 2 / sum;  // a node stands for two pixels
+  return taps;
+}
+
 Tensor mean_field(Tensor unary, std::optional<Tensor> initial, int64_t iterations, double temperature,
-                  std::vector<Tensor> lattices, std::vector<double> sigmas, double truncate,
+                  std::vector<Tensor> lattices, std::vector<double> sigmas, double truncate, bool coarse,
                   std::vector<Tensor> scale_in, std::vector<Tensor> scale_out, std::vector<Tensor> compatibility) {
   const MeanFieldShape shape =
       check_mean_field(unary, initial, iterations, temperature, lattices, sigmas, scale_in, scale_out, compatibility);
@@ -39,13 +54,21 @@ Tensor mean_field(Tensor unary, std::optional<Tensor> initial, int64_t iteration
   const int64_t axes = unary.dim() - 2;
   std::vector<const void*> taps(3 * shape.gaussians, nullptr);
   std::vector<int64_t> radius(3 * shape.gaussians, -1);
-  for (size_t i = 0; i < sigmas.size(); ++i) {
-    const size_t at = 3 * (i / axes) + (3 - axes) + i % axes;
-    const std::vector<double> numbers = gaussian_taps(kMeanField, sigmas[i], truncate, false);
-    if (numbers.size() == 1) continue;
-    radius[at] = int64_t(numbers.size()) - 1;
-    taps[at] = kept.emplace_back(taps_of(wide, numbers)).data_ptr();
-    work += 2 * double(numbers.size());
+  const std::unique_ptr<bool[]> on_coarse_grid(new bool[shape.gaussians]);
+  for (size_t g = 0; g < shape.gaussians; ++g) {
+    const double* const sigma = sigmas.data() + g * axes;
+    on_coarse_grid[g] =
+        coarse && axes >= 2 && sigma[axes - 1] >= kLeastCoarseSigma && sigma[axes - 2] >= kLeastCoarseSigma;
+    for (int64_t i = 0; i < axes; ++i) {
+      const size_t at = 3 * g + (3 - axes) + i;
+      const bool halved = on_coarse_grid[g] && i >= axes - 2;
+      const std::vector<double> numbers =
+          halved ? coarse_taps(sigma[i], truncate) : gaussian_taps(kMeanField, sigma[i], truncate, false);
+      if (numbers.size() == 1) continue;
+      radius[at] = int64_t(numbers.size()) - 1;
+      taps[at] = kept.emplace_back(taps_of(wide, numbers)).data_ptr();
+      work += 2 * double(numbers.size());
+    }
   }
   std::vector<PairwiseInput> pairwise;
   const auto scale_of = [&](const Tensor& t) -> ScaleInput {
@@ -69,6 +92,7 @@ Tensor mean_field(Tensor unary, std::optional<Tensor> initial, int64_t iteration
                      .lattice_count = int64_t(shape.lattices),
                      .taps = taps.data(),
                      .radius = radius.data(),
+                     .coarse = on_coarse_grid.get(),
                      .gaussian_count = int64_t(shape.gaussians),
                      .pairwise = pairwise.data(),
                      .output = output.data_ptr()};
