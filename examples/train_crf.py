@@ -4,8 +4,8 @@
     python examples/train_crf.py --steps 100 -o crf.png
 
 Photographs come from scikit-image, their masks from U2-Net-p (as in segment_photo.py). The masks are coarsened to
-blocks and blocks flipped at random; CRFasRNN learns, on all photographs but the last, to give the clean ones back from the
-broken ones and the photographs. Prints intersection over union before and after on the last, and writes a picture.
+blocks and blocks flipped at random; CRFasRNN learns, on all photographs but the last, to give the clean ones back from
+the broken ones and the photographs. Prints intersection over union before and after on the last, and writes a picture.
 """
 
 import argparse
