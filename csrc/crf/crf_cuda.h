@@ -57,8 +57,9 @@ inline LatticeView view_of(const Lattice& l, Kept& kept) {
 }
 
 inline SplatItems new_items(const LatticeView& l, bool float64, Kept& kept) {
-  return {.point = kept.buffer<uint32_t>(l.entries, ScalarType::Int),
-          .weight = kept.numbers(l.entries, float64),
+  const int64_t places = segments_of(l) * kSegment;
+  return {.point = kept.buffer<uint32_t>(places, ScalarType::Int),
+          .weight = kept.numbers(places, float64),
           .vertex = kept.buffer<int32_t>(segments_of(l), ScalarType::Int)};
 }
 

@@ -41,16 +41,17 @@ __global__ void __launch_bounds__(kGaussianThreads)
   const int64_t units = p.inner / kUnit, unit_tiles = (units + across - 1) / across;
   const int64_t slots = (p.length + kOutputs - 1) / kOutputs;  // of a line
   const int down = kGaussianThreads / across, t = threadIdx.x / across;
-  const int64_t tile = blockIdx.x / unit_tiles;
+  const int64_t tile = divide(blockIdx.x, unit_tiles);
   const int64_t unit = (blockIdx.x - tile * unit_tiles) * across + threadIdx.x % across;
   const int64_t slot = tile * down + t;
   if (t >= down || unit >= units || slot >= p.outer * slots) return;
-  const int64_t o = slot / slots, first = (slot - o * slots) * kOutputs;
+  const int64_t o = divide(slot, slots), first = (slot - o * slots) * kOutputs;
   const int64_t line = o * p.length * p.inner + unit * kUnit;
   const T* from = static_cast<const T*>(p.from) + line;
   const T* taps = static_cast<const T*>(p.taps);
   // A line lies in one image.
-  const T* scale = p.scale == nullptr ? nullptr : static_cast<const T*>(p.scale) + line / p.scale_run % p.scale_period;
+  const T* scale =
+      p.scale == nullptr ? nullptr : static_cast<const T*>(p.scale) + divide(line, p.scale_run) % p.scale_period;
   const int64_t scale_step = p.inner / p.scale_run;
 
   T sum[kOutputs][kUnit] = {};

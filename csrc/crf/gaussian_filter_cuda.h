@@ -12,10 +12,10 @@ struct GaussianPass {
   bool float64;
   int64_t outer, length, inner;  // inner: elements that lie side by side
   int64_t radius;
-  const void* taps;   // [radius + 1], the middle one first
-  const void* from;   // [outer, length, inner]
-  void* to;           // not `from`
-  // Factors of what is read, null: 1. A factor serves `scale_run` elements; factors repeat after `scale_period` of them.
+  const void* taps;  // [radius + 1], the middle one first
+  const void* from;  // [outer, length, inner]
+  void* to;          // not `from`
+  // Factors of what is read, null: 1. A factor serves `scale_run` elements; they repeat after `scale_period` factors.
   const void* scale;
   int64_t scale_run, scale_period;
 };

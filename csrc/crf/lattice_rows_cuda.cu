@@ -68,8 +68,9 @@ cudaError_t launch_vertices(const LatticeView& l, const Rows& rows, const SplatI
     using T = decltype(t);
     T *from = static_cast<T*>(table), *to = static_cast<T*>(other);
     if (l.kernel_row != nullptr || l.corners % 2 == 1) std::swap(from, to);  // so that the last pass writes `table`
-    lattice_splat_kernel<T><<<row_grid(lanes, segments), kRowThreads, 0, stream>>>(
-        l, lanes, items, static_cast<const T*>(values), carry, from);
+    const RowLanes splat_lanes = row_lanes(rows.units(), kSplatThreads);
+    lattice_splat_kernel<T><<<row_grid(splat_lanes, segments), kSplatThreads, 0, stream>>>(
+        l, splat_lanes, items, static_cast<const T*>(values), carry, from);
     const dim3 warps(static_cast<unsigned>(blocks_for(segments, kRowThreads / kWarpLanes)), lanes.chunks);
     lattice_carry_kernel<T><<<warps, kRowThreads, 0, stream>>>(l, lanes, segments, carry, from);
     if (l.kernel_row != nullptr) {
@@ -77,8 +78,7 @@ cudaError_t launch_vertices(const LatticeView& l, const Rows& rows, const SplatI
     } else {
       for (int pass = 0; pass < l.corners; ++pass) {
         const int direction = reverse ? l.corners - 1 - pass : pass;
-        lattice_blur_kernel<T>
-            <<<row_grid(lanes, l.vertices), kRowThreads, 0, stream>>>(l, lanes, direction, from, to);
+        lattice_blur_kernel<T><<<row_grid(lanes, l.vertices), kRowThreads, 0, stream>>>(l, lanes, direction, from, to);
         std::swap(from, to);
       }
     }

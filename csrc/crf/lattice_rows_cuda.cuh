@@ -2,12 +2,12 @@
 // gathers of rows in units of 16 bytes, neighbouring threads on neighbouring units.
 //
 // Splat: the entries, sorted by vertex, are cut into segments of kSegment; the threads of a row add up a segment's
-// weight * row and write a vertex's sum where it ends. A vertex that reaches over segments leaves sums for each, which a
-// warp adds up in a second kernel. So the work of a thread does not depend on how points crowd.
+// weight * row and write a vertex's sum where it ends. A vertex that reaches over segments leaves sums for each, which
+// a warp adds up in a second kernel. So the work of a thread does not depend on how points crowd.
 // Blur: one kernel for each direction, from table to table. Or the sparse product: a gather over the row of a vertex.
 // Slice: a block takes 32 points; results go through shared memory to their planes.
-// Indices that a corrupt lattice may hold are compared with sizes before they are used. Bytes at the least: each entry's
-// row once for the splat and once for the slice, each vertex's row three times and written once for each direction.
+// Indices that a corrupt lattice may hold are compared with sizes before use. Bytes at the least: each entry's row
+// once for the splat and once for the slice, each vertex's row three times and written once for each direction.
 // No atomics, sums in a fixed order: deterministic.
 #pragma once
 
@@ -16,6 +16,7 @@
 namespace pyseg::crf {
 
 constexpr int kRowThreads = 256;
+constexpr int kSplatThreads = 128;
 constexpr int kTilePoints = 32;  // whose planes a warp writes
 constexpr int kTilePitch = kTilePoints + 1;
 constexpr int kSplatBatch = 8;  // rows that a thread has on their way
@@ -39,9 +40,9 @@ struct TilePlace {
   int64_t channel;       // the first one
   int points, units, channels;
   __device__ TilePlace(const RowLanes& lanes, int64_t all_points, int64_t all_channels) {
-    const int64_t tiles = (all_points + kTilePoints - 1) / kTilePoints;
+    const auto tiles = uint32_t((all_points + kTilePoints - 1) / kTilePoints);  // all blocks are fewer than 2^31
     image = blockIdx.x / tiles;
-    point = (blockIdx.x - image * tiles) * kTilePoints;
+    point = int64_t{blockIdx.x % tiles} * kTilePoints;
     const int64_t left = all_points - point;
     points = int(left < kTilePoints ? left : kTilePoints);
     const int first = int(blockIdx.y) * lanes.per_row;
@@ -93,9 +94,8 @@ __device__ __forceinline__ void unit_to_tile(const Unit<T>& unit, int u, int p, 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
-    crf_unpack_kernel(const __grid_constant__ RowLanes lanes, const T* rows, int64_t points, int64_t channels,
-                      T* planes) {
+__global__ void __launch_bounds__(kRowThreads) crf_unpack_kernel(const __grid_constant__ RowLanes lanes, const T* rows,
+                                                                 int64_t points, int64_t channels, T* planes) {
   T* tile = point_tile<T>();
   const TilePlace<T> place(lanes, points, channels);
   const int64_t first = place.image * points + place.point, stride = int64_t{lanes.units} * Unit<T>::kLanes;
@@ -116,19 +116,20 @@ __global__ void __launch_bounds__(kRowThreads)
                          const __grid_constant__ SplatItems items) {
   const int64_t k = int64_t{blockIdx.x} * kRowThreads + threadIdx.x, entries = l.entries;
   if (k >= entries) return;
-  const int64_t entry = l.entry[k];
-  if (uint64_t(entry) >= uint64_t(entries)) return;
+  auto entry = uint32_t(l.entry[k]);
+  const bool exists = entry < entries;
+  if (!exists) entry = 0;
   const int32_t v = l.vertex[entry];
-  const int64_t point = entry / l.corners;
+  const uint32_t point = entry / uint32_t(l.corners);
   T w = static_cast<const T*>(l.weight)[entry];
   if (scale.data != nullptr) {
-    const int64_t image = point / l.points;
+    const int64_t image = point / uint32_t(l.points);
     w *= static_cast<const T*>(scale.data)[image * scale.image_stride + point - image * l.points];
   }
   const bool begins = k == 0 || (uint32_t(v) < uint64_t(l.vertices) && l.row[v] == k);
-  items.point[k] = uint32_t(point) | (begins ? kHead : 0);
-  static_cast<T*>(items.weight)[k] = w;
-  if (k % kSegment == 0) items.vertex[k / kSegment] = v;
+  items.point[k] = point | (begins ? kHead : 0);
+  static_cast<T*>(items.weight)[k] = exists ? w : T(0);
+  if (k % kSegment == 0) items.vertex[k / kSegment] = exists ? v : -1;
 }
 
 // Where the first entry lies that belongs to no vertex.
@@ -139,10 +140,10 @@ __device__ __forceinline__ int64_t used_entries(const LatticeView& l) {
 
 // Grid: rows of lanes for all segments, chunks.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kSplatThreads)
     lattice_splat_kernel(const __grid_constant__ LatticeView l, const __grid_constant__ RowLanes lanes,
-                         const __grid_constant__ SplatItems items, const T* rows, const __grid_constant__ SplatCarry carry,
-                         T* table) {
+                         const __grid_constant__ SplatItems items, const T* rows,
+                         const __grid_constant__ SplatCarry carry, T* table) {
   const int r = threadIdx.x / lanes.per_row, u = int(blockIdx.y) * lanes.per_row + threadIdx.x % lanes.per_row;
   const int64_t s = int64_t{blockIdx.x} * lanes.rows + r, first = s * kSegment, used = used_entries(l);
   if (r >= lanes.rows || u >= lanes.units || first >= l.entries) return;
@@ -156,16 +157,21 @@ __global__ void __launch_bounds__(kRowThreads)
   bool own = false;  // whether the vertex began in this segment
   Unit<T> sum = Unit<T>::all(T(0));
   for (int64_t batch = first; batch < last; batch += kSplatBatch) {
-    uint32_t point[kSplatBatch];
+    __align__(16) uint32_t point[kSplatBatch];
     T weight[kSplatBatch];
     Unit<T> row[kSplatBatch];
 #pragma unroll
-    for (int i = 0; i < kSplatBatch; ++i) {
-      if (batch + i >= last) break;
-      point[i] = items.point[batch + i];
-      weight[i] = weights[batch + i];
-      row[i] = load_unit(rows + int64_t(point[i] & ~kHead) * stride);
+    for (int i = 0; i < kSplatBatch; i += 4)
+      *reinterpret_cast<uint4*>(point + i) = *reinterpret_cast<const uint4*>(items.point + batch + i);
+#pragma unroll
+    for (int i = 0; i < kSplatBatch; i += Unit<T>::kLanes) {
+      const Unit<T> some = load_unit(weights + batch + i);
+#pragma unroll
+      for (int k = 0; k < Unit<T>::kLanes; ++k) weight[i + k] = some.v[k];
     }
+#pragma unroll
+    for (int i = 0; i < kSplatBatch; ++i)
+      if (batch + i < last) row[i] = load_unit(rows + int64_t(point[i] & ~kHead) * stride);
 #pragma unroll
     for (int i = 0; i < kSplatBatch; ++i) {
       if (batch + i >= last) break;
@@ -312,7 +318,7 @@ __global__ void __launch_bounds__(kRowThreads)
     lattice_weight_gradient_kernel(const __grid_constant__ LatticeView l, int units, int group, const T* values,
                                    const T* grad, const T* of_values, const T* of_grad, T factor, T* grad_weight) {
   constexpr int kMostCorners = 9;
-  const int64_t at = (int64_t{blockIdx.x} * kRowThreads + threadIdx.x) / group;
+  const int64_t at = int64_t{blockIdx.x} * (kRowThreads / group) + threadIdx.x / group;
   const bool exists = at < l.images * l.points;
   const int lane = threadIdx.x % group;
   const int64_t stride = int64_t{units} * Unit<T>::kLanes;

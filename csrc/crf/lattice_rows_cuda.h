@@ -24,13 +24,13 @@ struct LatticeView {
   int64_t images, points;
   int corners;
   int64_t vertices;
-  const int32_t* vertex;     // [images, points, corners]
-  const void* weight;        // [images, points, corners]
-  const int32_t* row;        // [vertices + 1]
-  const int32_t* entry;      // [images, points, corners]
-  const int32_t* neighbour;  // [corners, vertices, 2]
-  const int64_t* offset;     // [images + 1]
-  const int64_t* kernel_row; // [vertices + 1]; null: blur
+  const int32_t* vertex;      // [images, points, corners]
+  const void* weight;         // [images, points, corners]
+  const int32_t* row;         // [vertices + 1]
+  const int32_t* entry;       // [images, points, corners]
+  const int32_t* neighbour;   // [corners, vertices, 2]
+  const int64_t* offset;      // [images + 1]
+  const int64_t* kernel_row;  // [vertices + 1]; null: blur
   const int32_t* kernel_vertex;
   const void* kernel_weight;
   int64_t kernel_entries;
@@ -43,9 +43,10 @@ inline int64_t segments_of(const LatticeView& l) { return (l.entries + kSegment 
 
 // What splatting reads: the entries by vertex.
 struct SplatItems {
-  uint32_t* point;   // [entries]: of all images; the top bit says that a vertex begins
-  void* weight;      // [entries]
-  int32_t* vertex;   // [segments]: that of the segment's first entry
+  // [segments, kSegment], the last one need not be full.
+  uint32_t* point;  // of all images; the top bit says that a vertex begins
+  void* weight;
+  int32_t* vertex;  // [segments]: that of the segment's first entry
 };
 
 // What splatting writes besides: sums of vertices that reach over segments.
@@ -60,7 +61,7 @@ struct PointScale {
   int64_t image_stride;
 };
 
-// planes [images, channels, points] -> rows [images * points, stride], times `factor`; channels beyond the last are `pad`.
+// planes [images, channels, points] -> rows [images * points, stride], times `factor`; beyond the channels `pad`.
 cudaError_t launch_pack(const Rows&, const void* planes, int64_t images, int64_t points, double factor, double pad,
                         void* rows, cudaStream_t);
 cudaError_t launch_unpack(const Rows&, const void* rows, int64_t images, int64_t points, void* planes, cudaStream_t);

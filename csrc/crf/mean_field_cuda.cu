@@ -174,10 +174,12 @@ class MeanField {
 };
 
 Tensor mean_field(Tensor unary, std::optional<Tensor> initial, int64_t iterations, double temperature,
-                  std::vector<Tensor> lattices, std::vector<double> sigmas, double truncate,
+                  std::vector<Tensor> lattices, std::vector<double> sigmas, double truncate, bool /*coarse*/,
                   std::vector<Tensor> scale_in, std::vector<Tensor> scale_out, std::vector<Tensor> compatibility) {
   const MeanFieldShape shape =
       check_mean_field(unary, initial, iterations, temperature, lattices, sigmas, scale_in, scale_out, compatibility);
+  PYSEG_CHECK(shape.images * shape.points < int64_t{1} << 31, kMeanField,
+              ": unary must be of fewer than 2^31 points, got ", unary.sizes());
   const ScalarType type = wide_type(unary);
   const Tensor wide = as_type(unary, type);
   const Tensor output = torch::stable::new_empty(wide, wide.sizes());

@@ -7,7 +7,8 @@
 // warp, takes a point, each thread the units lane, lane + group, ...: up to kUnits of them in registers, more in
 // the result's own row. A full compatibility matrix is multiplied with messages that the group exchanges through shared
 // memory. Minimum and sum of the softmax go through shuffles. Bytes at the least for a point: its unaries, a row for
-// each corner and lattice, a row for each Gaussian kernel, its marginals. No atomics, sums in a fixed order: deterministic.
+// each corner and lattice, a row for each Gaussian kernel, its marginals. No atomics, sums in a fixed order:
+// deterministic.
 #pragma once
 
 #include "crf/lattice_rows_cuda.cuh"
@@ -61,33 +62,36 @@ __device__ __forceinline__ Unit<T> message_unit(const Message& m, int64_t image,
   return sum;
 }
 
+// Blocks that a multiprocessor shall hold: without it the compiler takes fewer registers and spills a few.
+template <int kUnits>
+constexpr int kUpdateBlocks = kUnits > 0 ? 8 : 4;
+
 // Grid: groups of `group` threads for all points.
 template <typename T, int kUnits>
-__global__ void __launch_bounds__(kUpdateThreads)
+__global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks<kUnits>)
     mean_field_update_kernel(const __grid_constant__ Update a, int units, int group) {
   __shared__ Unit<T> exchange[kUpdateThreads];
-  constexpr int kLanes = Unit<T>::kLanes;
+  constexpr int kLanes = Unit<T>::kLanes, kAtOnce = kUnits > 0 ? kUnits : 1;
   const int lane = threadIdx.x % group;
-  const int64_t at = (int64_t{blockIdx.x} * kUpdateThreads + threadIdx.x) / group;
+  const int64_t at = int64_t{blockIdx.x} * (kUpdateThreads / group) + threadIdx.x / group;
   const bool exists = at < a.images * a.points;  // the others stay for the warp's exchanges
-  const int64_t image = exists ? at / a.points : 0, point = exists ? at - image * a.points : 0;
+  const int64_t image = exists ? uint32_t(at) / uint32_t(a.points) : 0, point = exists ? at - image * a.points : 0;
   const int64_t stride = int64_t{units} * kLanes;
   T* const to = static_cast<T*>(a.to) + at * stride;
   Energies<T, kUnits> energies(exists ? to : nullptr, lane, group, units);
   const int count = energies.count();
 
   // 1. Unary energies.
-#pragma unroll
+#pragma unroll(kAtOnce)
   for (int n = 0; n < count; ++n)
-    energies.set(n, energies.has(n)
-                        ? load_unit(static_cast<const T*>(a.energy) + at * stride + energies.channel(n))
-                        : Unit<T>::all(T(INFINITY)));
+    energies.set(n, energies.has(n) ? load_unit(static_cast<const T*>(a.energy) + at * stride + energies.channel(n))
+                                    : Unit<T>::all(T(INFINITY)));
 
   // 2. Messages.
   for (int k = 0; k < a.count; ++k) {
     const Message& m = a.messages[k];
     const T* compatibility = static_cast<const T*>(m.compatibility);
-#pragma unroll
+#pragma unroll(kAtOnce)
     for (int n = 0; n < count; ++n) {
       Unit<T> message = Unit<T>::all(T(0));
       if (energies.has(n)) message = message_unit<T>(m, image, point, a.points, energies.channel(n), stride);
@@ -105,7 +109,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
       const T* const messages = reinterpret_cast<const T*>(exchange + (threadIdx.x - lane));
       const int64_t first = int64_t{n} * group * kLanes;
       const int others = int(min(int64_t{group} * kLanes, a.classes - first));
-#pragma unroll
+#pragma unroll(kAtOnce)
       for (int own = 0; own < count; ++own) {
         if (!energies.has(own)) continue;
         Unit<T> sum = energies.get(own);
@@ -118,7 +122,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
   }
   if (!a.softmax) {
     if constexpr (kUnits > 0)
-#pragma unroll
+#pragma unroll(kAtOnce)
       for (int n = 0; n < count; ++n)
         if (energies.has(n)) store_unit(to + energies.channel(n), energies.get(n));
     return;
@@ -126,7 +130,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
 
   // 3. Softmax.
   T least = T(INFINITY);
-#pragma unroll
+#pragma unroll(kAtOnce)
   for (int n = 0; n < count; ++n) {
     const Unit<T> e = energies.get(n);
 #pragma unroll
@@ -137,7 +141,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
     least = other < least ? other : least;
   }
   T sum = T(0);
-#pragma unroll
+#pragma unroll(kAtOnce)
   for (int n = 0; n < count; ++n) {
     if (!energies.has(n)) continue;
     Unit<T> e = energies.get(n);
@@ -150,7 +154,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
   }
   for (int step = group / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
   const T scale = T(1) / sum;
-#pragma unroll
+#pragma unroll(kAtOnce)
   for (int n = 0; n < count; ++n) {
     if (!energies.has(n)) continue;
     Unit<T> q = energies.get(n);

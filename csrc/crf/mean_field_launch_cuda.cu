@@ -9,8 +9,7 @@ void launch_of_type(const Update& a, cudaStream_t stream) {
   const int units = static_cast<int>((a.classes + Unit<T>::kLanes - 1) / Unit<T>::kLanes);
   int group = 1;
   while (group < units && group < kWarpLanes) group *= 2;
-  const auto blocks =
-      static_cast<unsigned>((a.images * a.points * group + kUpdateThreads - 1) / kUpdateThreads);
+  const auto blocks = static_cast<unsigned>((a.images * a.points * group + kUpdateThreads - 1) / kUpdateThreads);
   if (units <= kWarpLanes)
     mean_field_update_kernel<T, 1><<<blocks, kUpdateThreads, 0, stream>>>(a, units, group);
   else if (units <= 2 * kWarpLanes)
@@ -34,13 +33,13 @@ cudaError_t launch_compatibility(const Rows& rows, const void* compatibility, bo
   const int64_t elements = (matrix ? rows.channels : 1) * rows.stride();
   const auto blocks = static_cast<unsigned>((elements + kUpdateThreads - 1) / kUpdateThreads);
   if (rows.float64)
-    mean_field_compatibility_kernel<double><<<blocks, kUpdateThreads, 0, stream>>>(
-        static_cast<const double*>(compatibility), rows.channels, rows.stride(), matrix, factor,
-        static_cast<double*>(to));
+    mean_field_compatibility_kernel<double>
+        <<<blocks, kUpdateThreads, 0, stream>>>(static_cast<const double*>(compatibility), rows.channels, rows.stride(),
+                                                matrix, factor, static_cast<double*>(to));
   else
-    mean_field_compatibility_kernel<float><<<blocks, kUpdateThreads, 0, stream>>>(
-        static_cast<const float*>(compatibility), rows.channels, rows.stride(), matrix, float(factor),
-        static_cast<float*>(to));
+    mean_field_compatibility_kernel<float>
+        <<<blocks, kUpdateThreads, 0, stream>>>(static_cast<const float*>(compatibility), rows.channels, rows.stride(),
+                                                matrix, float(factor), static_cast<float*>(to));
   return cudaGetLastError();
 }
 

@@ -42,8 +42,8 @@ class Filtering {
 
   void weight_gradient(const void* values, const void* grad, const void* of_values, const void* of_grad,
                        const Tensor& grad_weight) const {
-    launches_.check(launch_weight_gradient(view_, rows_, values, grad, of_values, of_grad, grad_weight.data_ptr(),
-                                           stream()));
+    launches_.check(
+        launch_weight_gradient(view_, rows_, values, grad, of_values, of_grad, grad_weight.data_ptr(), stream()));
   }
 
  private:

@@ -70,8 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> permutohedral
                                temporary.data_ptr(), bytes, stream));
     if (wide) {
       const Tensor gathered = words(entries);
-      launches.check(
-          launch_gather(keys.high, data<int32_t>(low_entry), data<uint64_t>(gathered), entries, stream));
+      launches.check(launch_gather(keys.high, data<int32_t>(low_entry), data<uint64_t>(gathered), entries, stream));
       launches.check(launch_sort(data<uint64_t>(gathered), sorted.keys.high, data<int32_t>(low_entry), sorted.entry,
                                  bits - 64, entries, temporary.data_ptr(), bytes, stream));
       launches.check(launch_gather(keys.low, sorted.entry, sorted.keys.low, entries, stream));
@@ -81,8 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> permutohedral
     launches.check(launch_count(p, sorted, temporary.data_ptr(), bytes, stream));
     if (max_vertices < 0) {
       int32_t all = 0;
-      launches.check(
-          cudaMemcpyAsync(&all, sorted.count + entries - 1, sizeof all, cudaMemcpyDeviceToHost, stream));
+      launches.check(cudaMemcpyAsync(&all, sorted.count + entries - 1, sizeof all, cudaMemcpyDeviceToHost, stream));
       launches.check(cudaStreamSynchronize(stream));
       vertices = all;
     }

@@ -6,8 +6,8 @@
 // key changes numbers the vertices. Neighbours are looked up by binary search among the vertices' keys.
 // A thread takes a point, an entry or a vertex. What a point's threads write for d + 1 corners goes through shared
 // memory, so that stores are coalesced. No atomics: deterministic. The number of vertices never leaves the device here.
-// Bytes at the least for each entry: weight, key and entry written, read and written by each pass of 8 bits of the sort,
-// and read once more; vertex written.
+// Bytes at the least for each entry: weight, key and entry written, read and written by each pass of 8 bits of the
+// sort, and read once more; vertex written.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -49,18 +49,17 @@ __device__ __forceinline__ PackedKey pack(PackedKey image, const int* coordinate
   constexpr unsigned kPeriod = kD + 1;
   PackedKey key = image;
 #pragma unroll
-  for (int i = 0; i < kD; ++i)
-    key = key << kQuotientBits<kD> | unsigned(coordinate[i] + kCoordinates / 2) / kPeriod;
+  for (int i = 0; i < kD; ++i) key = key << kQuotientBits<kD> | unsigned(coordinate[i] + kCoordinates / 2) / kPeriod;
   return key << kRemainderBits<kD> | unsigned(coordinate[0] + kCoordinates / 2) % kPeriod;
 }
 
 template <int kD>
 __device__ __forceinline__ void unpack(PackedKey key, int* coordinate) {
-  const int remainder = int(unsigned(key) & ((1u << kRemainderBits<kD>) - 1));
+  const int remainder = int(unsigned(key) & ((1u << kRemainderBits<kD>)-1));
   key >>= kRemainderBits<kD>;
 #pragma unroll
   for (int i = kD - 1; i >= 0; --i) {
-    const int quotient = int(unsigned(key) & ((1u << kQuotientBits<kD>) - 1));
+    const int quotient = int(unsigned(key) & ((1u << kQuotientBits<kD>)-1));
     coordinate[i] = quotient * (kD + 1) + remainder - kCoordinates / 2;
     key >>= kQuotientBits<kD>;
   }
@@ -120,8 +119,8 @@ __global__ void __launch_bounds__(kSimplexThreads)
   __shared__ __align__(16) char shared[Staging::kBytes];
   const int64_t block = int64_t{blockIdx.x} * kSimplexThreads;
   const int64_t last = p.images * p.points - 1, own = block + threadIdx.x;
-  const int64_t at = own < last ? own : last;  // all threads of a block stay for its barriers
-  const int64_t image = at / p.points;
+  const int64_t at = own < last ? own : last;               // all threads of a block stay for its barriers
+  const int64_t image = uint32_t(at) / uint32_t(p.points);  // entries are fewer than 2^31
 
   // 1. The simplex and the weights.
   T elevated[kCorners], base[kCorners], rank[kCorners], w[kCorners];
@@ -259,7 +258,8 @@ __global__ void __launch_bounds__(kEntryThreads)
   }
 }
 
-// grad_features = E^T D^T grad_weight for each point, with the weights' derivatives D within the simplex. Grid: threads for images * points.
+// grad_features = E^T D^T grad_weight for each point, with the weights' derivatives D within the simplex.
+// Grid: threads for images * points.
 template <int kD, typename T>
 __global__ void __launch_bounds__(kSimplexThreads)
     lattice_backward_kernel(const __grid_constant__ LatticePoints p, const __grid_constant__ FeatureScales<T> scales,
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kSimplexThreads)
   T grad[kCorners], grad_elevated[kCorners], grad_scaled[kD];
   Staging::read(shared, grad_weight + block * kCorners, count, grad);
   if (at >= p.images * p.points) return;
-  const int64_t image = at / p.points, point = at - image * p.points;
+  const int64_t image = uint32_t(at) / uint32_t(p.points), point = at - image * p.points;
   T elevated[kCorners], base[kCorners], rank[kCorners];
   enclose<kD>(p, scales, image, point, elevated, base, rank);
   barycentric_weights_vjp<kD, T>(grad, rank, grad_elevated);

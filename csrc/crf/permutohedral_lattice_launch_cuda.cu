@@ -79,8 +79,8 @@ cudaError_t launch_count(const LatticePoints& p, const SortedEntries& sorted, vo
 cudaError_t launch_number(const LatticePoints& p, const SortedEntries& sorted, const LatticeResult& result,
                           cudaStream_t stream) {
   return with_types(p, [&]<int kD, typename T>() {
-    lattice_number_kernel<kD, T><<<blocks_for(p.entries(), kEntryThreads), kEntryThreads, 0, stream>>>(
-        p.images, p.entries(), sorted, result);
+    lattice_number_kernel<kD, T>
+        <<<blocks_for(p.entries(), kEntryThreads), kEntryThreads, 0, stream>>>(p.images, p.entries(), sorted, result);
   });
 }
 

@@ -1,11 +1,12 @@
 // The sparse product between the vertices of a lattice on CUDA devices: exp(-r^2 / (2 v)) for all pairs of an image's
 // vertices with r <= cutoff.
 //
-// Brute force over tiles: the bounding box of each tile of kTileVertices vertices first; then a block takes the vertices
-// of one tile and goes through all tiles whose box is near enough to its own, ascending. Vertices in the order of their
-// keys, as permutohedral_lattice numbers them on CUDA, make small boxes. A warp looks at 32 others of a vertex at a time;
-// ballots count what is near and say where it is written, so rows ascend and stores are coalesced. Twice: once to count,
-// once to fill. No atomics: deterministic. Time: O(M^2 / 32) at the worst. Bytes at the least: the kernel written once.
+// Brute force over tiles: the bounding box of each tile of kTileVertices vertices first; then a block takes the
+// vertices of one tile and goes through all tiles whose box is near enough to its own, ascending. Vertices in the order
+// of their keys, as permutohedral_lattice numbers them on CUDA, make small boxes. A warp looks at 32 others of a vertex
+// at a time; ballots count what is near and say where it is written, so rows ascend and stores are coalesced. Twice:
+// once to count, once to fill. No atomics: deterministic. Time: O(M^2 / 32) at the worst. Bytes at the least: the
+// kernel written once.
 #pragma once
 
 #include <cuda_runtime.h>
