@@ -11,7 +11,10 @@ namespace {
 
 using torch::stable::Tensor;
 
+// Where a coarse grid serves: the kernel spans enough of its nodes, and the image's borders, at which it errs most, are
+// few among its pixels.
 constexpr double kLeastCoarseSigma = 2;  // in pixels
+constexpr int64_t kLeastCoarseSize = 32;
 
 // The taps between nodes two pixels apart which, with the tents [1 3 3 1] / 4 before and after them, make up a Gaussian:
 // of the variance that the tents, of 3/4 each, leave over, and of the sum that its own taps have.
@@ -57,8 +60,9 @@ Tensor mean_field(Tensor unary, std::optional<Tensor> initial, int64_t iteration
   const std::unique_ptr<bool[]> on_coarse_grid(new bool[shape.gaussians]);
   for (size_t g = 0; g < shape.gaussians; ++g) {
     const double* const sigma = sigmas.data() + g * axes;
-    on_coarse_grid[g] =
-        coarse && axes >= 2 && sigma[axes - 1] >= kLeastCoarseSigma && sigma[axes - 2] >= kLeastCoarseSigma;
+    on_coarse_grid[g] = coarse && axes >= 2;
+    for (int64_t i = std::max<int64_t>(0, axes - 2); i < axes; ++i)
+      on_coarse_grid[g] &= sigma[i] >= kLeastCoarseSigma && unary.size(2 + i) >= kLeastCoarseSize;
     for (int64_t i = 0; i < axes; ++i) {
       const size_t at = 3 * g + (3 - axes) + i;
       const bool halved = on_coarse_grid[g] && i >= axes - 2;

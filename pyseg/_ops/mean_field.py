@@ -24,6 +24,7 @@ def _fake(
     lattices: list[Tensor],
     sigmas: list[float],
     truncate: float,
+    coarse: bool,
     scale_in: list[Tensor],
     scale_out: list[Tensor],
     compatibility: list[Tensor],

@@ -96,7 +96,7 @@ def dense_crf(
 
     `iterations` times, from Q = softmax(-U / temperature). The kernels are
 
-        smoothness   exp(-|p_i - p_j|^2 / (2 smoothness_sigma^2)),          an exact separable filter,
+        smoothness   exp(-|p_i - p_j|^2 / (2 smoothness_sigma^2)),          a separable filter,
         appearance   exp(-|p_i - p_j|^2 / (2 spatial_sigma^2) - |I_i - I_j|^2 / (2 color_sigma^2)),
                      on a permutohedral lattice (Adams, Baek, Davis 2010),
 
@@ -115,7 +115,9 @@ def dense_crf(
         kernels: further ones: `GaussianKernel`, `FeatureKernel`, or what `dense_crf_kernels` returned.
         normalization: of each kernel by its sums n_i = sum over j of k(i, j): "symmetric" k / sqrt(n_i n_j), "before"
             k / n_j, "after" k / n_i (weights that sum to one), "none".
-        accuracy: "fast": lattice with blur passes. "high": finer lattice with an exact kernel between its vertices.
+        accuracy: "fast": lattice with blur passes; on the CPU the smoothness kernel is filtered on a grid of every
+            second pixel where its sigma is at least 2 and the image at least 32 x 32, which changes marginals by about
+            1e-4. "high": finer lattice with an exact kernel between its vertices.
             "exact": all pairs in float64, O(|S|^2): for small maps.
         temperature: of the softmax.
         initial: marginals to start from, like `unary`.
@@ -128,9 +130,9 @@ def dense_crf(
         [N, C, *S] like `unary`, or labels; a list for a list.
 
     Gradients with respect to unary, initial, compatibilities and, through lattice and normalisation, features and
-    image: where one is wanted, the iterations run as differentiable operators, with the same result. The same bits for
-    every number of threads; on CUDA no synchronisation but that of building a lattice. O(iterations N |S| C (d +
-    sigma)) time.
+    image: where one is wanted, the iterations run as differentiable operators, with the same result but for that grid.
+    The same bits for every number of threads; on CUDA no synchronisation but that of building a lattice.
+    O(iterations N |S| C (d + sigma)) time.
 
     Raises:
         RuntimeError: shapes, types, devices or parameters that do not fit, fewer than two classes, no pixels, a NaN in
@@ -279,7 +281,7 @@ def _differentiable(
 
 
 def _softmax(energy: Tensor, temperature: float) -> Tensor:
-    marginals: Tensor = torch.ops.pyseg._mean_field(energy, None, 0, temperature, [], [], TRUNCATE, [], [], [])
+    marginals: Tensor = torch.ops.pyseg._mean_field(energy, None, 0, temperature, [], [], TRUNCATE, False, [], [], [])
     return marginals
 
 
@@ -298,6 +300,7 @@ def _fused(
         [tensor for kernel in lattices for tensor in kernel.lattice[:9]],
         [sigma for kernel in gaussians for sigma in kernel.sigma],
         TRUNCATE,
+        all(kernel.coarse for kernel in gaussians),
         [none if kernel.scale_in is None else kernel.scale_in for kernel in ordered],
         [none if kernel.scale_out is None else kernel.scale_out for kernel in ordered],
         [kernel.compatibility for kernel in ordered],

@@ -53,7 +53,8 @@ class GaussianKernel:
         truncate = TRUNCATE
         if accuracy == "exact":  # as far as the image goes
             truncate = max([TRUNCATE, *[size / s for size, s in zip(unary.shape[2:], sigmas, strict=True)]])
-        plain = BoundGaussian(energies(self.compatibility, unary, accuracy), None, None, tuple(sigmas), truncate)
+        costs = energies(self.compatibility, unary, accuracy)
+        plain = BoundGaussian(costs, None, None, tuple(sigmas), truncate, coarse=accuracy == "fast")
         return normalized(plain, values, self.normalization or normalization)
 
 
@@ -140,6 +141,7 @@ class BoundGaussian(Bound):
 
     sigma: tuple[float, ...]
     truncate: float
+    coarse: bool  # inference may filter on a grid of every second pixel
 
     def filter(self, values: Tensor) -> Tensor:
         return gaussian_filter(values, self.sigma, self.truncate, normalize=False)
