@@ -240,7 +240,7 @@ def test_coarse_grid(classes, shape, sigma):
     matrices = [coarse_matrix(size, s) for size, s in zip(shape[-2:], sigma[-2:], strict=True)]
     if len(shape) == 3:
         along = torch.eye(shape[0], dtype=torch.float64).reshape(1, shape[0], 1, 1, shape[0])
-        depth = gaussian_filter(along, (sigma[0], 0, 0), TRUNCATE, False) if sigma[0] else along
+        depth = gaussian_filter(along, (0, 0, sigma[0]), TRUNCATE, False) if sigma[0] else along
         matrices = [depth.reshape(shape[0], shape[0]), *matrices]
     q, weights = softmax_of(unary, 1.2), scale.reshape(1, 1, *shape)
     for _ in range(2):
