@@ -249,7 +249,7 @@ def test_coarse_grid(classes, shape, sigma):
             message = (message.movedim(2 + axis, -1) @ matrix).movedim(-1, 2 + axis)
         q = softmax_of(unary + (costs @ (message * weights).flatten(2)).reshape(unary.shape), 1.2)
     torch.testing.assert_close(got, q, rtol=0, atol=1e-11)
-    assert (got - exact).abs().mean() < 5e-3 * (exact - softmax_of(unary, 1.2)).abs().mean()
+    assert (got - exact).abs().mean() < 1e-2 * (exact - softmax_of(unary, 1.2)).abs().mean()
 
 
 def softmax_op(unary, temperature=1.3):
