@@ -118,6 +118,18 @@ inline void check_values(const char* op, const char* name, const torch::stable::
   check_like(op, name, values, values.scalar_type(), sizes_of(values), l.vertex);
 }
 
+inline void check_vertex_kernel(const torch::stable::Tensor& key, const torch::stable::Tensor& offset, double scale,
+                                double cutoff) {
+  PYSEG_CHECK(key.dim() == 2 && key.size(1) >= 1 && key.size(1) <= kMostFeatures, kVertexKernel,
+              ": key must be [M, d] with d from 1 to ", kMostFeatures, ", got ", key.sizes());
+  check_like(kVertexKernel, "key", key, ScalarType::Short, sizes_of(key), key);
+  PYSEG_CHECK(offset.dim() == 1 && offset.numel() >= 1, kVertexKernel, ": offset must be [N + 1], got ",
+              offset.sizes());
+  check_like(kVertexKernel, "offset", offset, ScalarType::Long, sizes_of(offset), key);
+  PYSEG_CHECK(scale > 0.5 && std::isfinite(scale), kVertexKernel, ": scale must be above 1/2 and finite, got ", scale);
+  PYSEG_CHECK(cutoff > 0 && cutoff < 1e4, kVertexKernel, ": cutoff must be from 0 to 10000, got ", cutoff);
+}
+
 constexpr int kMostAxes = 3;
 constexpr int64_t kMostTaps = 1 << 20;
 

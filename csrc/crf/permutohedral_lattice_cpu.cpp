@@ -73,14 +73,7 @@ Tensor permutohedral_lattice_backward(Tensor grad_weight, Tensor features, doubl
 
 std::tuple<Tensor, Tensor, Tensor> permutohedral_vertex_kernel(Tensor key, Tensor offset, double scale, double cutoff,
                                                                bool float64) {
-  PYSEG_CHECK(key.dim() == 2 && key.size(1) >= 1 && key.size(1) <= kMostFeatures, kVertexKernel,
-              ": key must be [M, d] with d from 1 to ", kMostFeatures, ", got ", key.sizes());
-  check_like(kVertexKernel, "key", key, ScalarType::Short, sizes_of(key), key);
-  PYSEG_CHECK(offset.dim() == 1 && offset.numel() >= 1, kVertexKernel, ": offset must be [N + 1], got ",
-              offset.sizes());
-  check_like(kVertexKernel, "offset", offset, ScalarType::Long, sizes_of(offset), key);
-  PYSEG_CHECK(scale > 0.5 && std::isfinite(scale), kVertexKernel, ": scale must be above 1/2 and finite, got ", scale);
-  PYSEG_CHECK(cutoff > 0 && cutoff < 1e4, kVertexKernel, ": cutoff must be from 0 to 10000, got ", cutoff);
+  check_vertex_kernel(key, offset, scale, cutoff);
   const Tensor keys = torch::stable::contiguous(key), offsets = torch::stable::contiguous(offset);
   const int64_t* const first = static_cast<const int64_t*>(offsets.data_ptr());
   for (int64_t n = 0; n < offset.numel(); ++n)
