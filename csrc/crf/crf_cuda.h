@@ -17,10 +17,11 @@ class Kept {
  public:
   explicit Kept(const torch::stable::Tensor& like) : like_(like) {}
 
-  // Contiguous; null where there is nothing.
+  // Contiguous and aligned; null where there is nothing.
   template <typename E>
   const E* read(const torch::stable::Tensor& t) {
-    const torch::stable::Tensor& own = tensors_.emplace_back(torch::stable::contiguous(t));
+    torch::stable::Tensor& own = tensors_.emplace_back(torch::stable::contiguous(t));
+    if (reinterpret_cast<uintptr_t>(own.data_ptr()) % kUnitBytes != 0) own = torch::stable::clone(own);
     return own.numel() == 0 ? nullptr : static_cast<const E*>(own.data_ptr());
   }
   template <typename E>

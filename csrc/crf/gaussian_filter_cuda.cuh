@@ -54,10 +54,19 @@ __global__ void __launch_bounds__(kGaussianThreads)
       p.scale == nullptr ? nullptr : static_cast<const T*>(p.scale) + divide(line, p.scale_run) % p.scale_period;
   const int64_t scale_step = p.inner / p.scale_run;
 
-  T sum[kOutputs][kUnit] = {};
+  // Result k takes line l with tap |l - first - k|: those of the next line are these, each one result further.
+  const int radius = int(p.radius);
+  const auto tap_at = [&](int x) {
+    const int distance = x < 0 ? -x : x;
+    return distance <= radius ? taps[distance] : T(0);
+  };
   const int64_t begin = max(first - p.radius, int64_t{0});
   const int64_t end = min(first + kOutputs - 1 + p.radius, p.length - 1);
-  for (int64_t l = begin; l <= end; ++l) {
+  int x = int(begin - first);
+  T tap[kOutputs], sum[kOutputs][kUnit] = {};
+#pragma unroll
+  for (int k = 0; k < kOutputs; ++k) tap[k] = tap_at(x - k);
+  for (int64_t l = begin; l <= end; ++l, ++x) {
     Elements<T, kUnit> e = load_elements<kUnit>(from + l * p.inner);
     if (scale != nullptr) {
       const T factor = scale[l * scale_step];
@@ -66,12 +75,13 @@ __global__ void __launch_bounds__(kGaussianThreads)
     }
 #pragma unroll
     for (int k = 0; k < kOutputs; ++k) {
-      const int64_t x = l < first + k ? first + k - l : l - first - k;
-      if (x > p.radius) continue;
-      const T tap = taps[x];
+      if (x - k < -radius || x - k > radius) continue;
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) sum[k][i] += tap * e.v[i];
+      for (int i = 0; i < kUnit; ++i) sum[k][i] += tap[k] * e.v[i];
     }
+#pragma unroll
+    for (int k = kOutputs - 1; k > 0; --k) tap[k] = tap[k - 1];
+    tap[0] = tap_at(x + 1);
   }
   T* to = static_cast<T*>(p.to) + line;
 #pragma unroll

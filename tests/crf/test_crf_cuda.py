@@ -38,16 +38,26 @@ def expected_of(features, values, accuracy="fast"):
 @pytest.mark.sm(75, 80, 90)
 @pytest.mark.block_orders
 @pytest.mark.parametrize(
-    ("d", "images"),
+    ("d", "images", "points"),
     [
-        (2, 3),  # keys of one word
-        (4, 40),  # of two because of the images
-        (8, 5),
+        (2, 3, 70),  # keys of one word
+        (4, 33, 12),  # of two because of the images
+        (8, 5, 40),
     ],
 )
-def test_lattices_of_images_are_those_of_each(device, d, images):
-    """Several blocks; vertices of an image follow each other, in the order of their keys."""
-    features = randn(images, d, 70 if d < 8 else 40, seed=d, dtype=FLOAT)
+def test_lattices_of_images_are_those_of_each(device, d, images, points):
+    """Vertices of an image follow each other, in the order of their keys."""
+    check_images(device, d, images, points)
+
+
+@pytest.mark.sm(75, 80, 90)
+def test_lattice_of_many_entries(device):
+    """Sorts and prefix sums of several blocks: CUB's wait for each other, on the fake GPU in the forward order only."""
+    check_images(device, 4, 40, 70)
+
+
+def check_images(device, d, images, points):
+    features = randn(images, d, points, seed=d, dtype=FLOAT)
     vertex, weight, row, entry, neighbour, offset, key = (t.cpu() for t in LATTICE(features.to(device), 1.0, -1))
     for n in range(0, images, max(1, images // 3)):
         one = [t.cpu() for t in LATTICE(features[n : n + 1].to(device), 1.0, -1)]
@@ -250,16 +260,16 @@ def mean_field(unary, features, accuracy="fast", gaussians=1, matrix=False, iter
     before = [rand(n if k % 2 else 1, points, seed=80 + k, dtype=dtype).to(device) for k in range(kernels)]
     after = [rand(n, points, seed=90 + k, dtype=dtype).to(device) for k in range(kernels)]
     sigmas = [0.5 + k / 4 for k in range(gaussians) for _ in sizes]
-    return (unary, None, iterations, 0.8, lattices, sigmas, 3.0, before, after, costs)
+    return (unary, None, iterations, 0.8, lattices, sigmas, 3.0, False, before, after, costs)
 
 
 def compare(arguments, features, device, tolerance):
     got = MEAN_FIELD(*arguments)
-    unary, initial, iterations, temperature, _, sigmas, truncate, before, after, costs = arguments
+    unary, initial, iterations, temperature, _, sigmas, truncate, _, before, after, costs = arguments
     cpu = [None if t is None else t.cpu() for t in (unary, initial)]
     lists = [[t.cpu() for t in tensors] for tensors in (before, after, costs)]
     lattice = [] if features is None else list(permutohedral_lattice(features.cpu())[:9])
-    expected = MEAN_FIELD(*cpu, iterations, temperature, lattice, sigmas, truncate, *lists)
+    expected = MEAN_FIELD(*cpu, iterations, temperature, lattice, sigmas, truncate, False, *lists)
     assert_near(got, expected, tolerance)
     assert torch.equal(MEAN_FIELD(*arguments), got)
 
