@@ -112,9 +112,9 @@ struct LatticeKernels {
   void (*finish)(const LatticeArgs&, const LatticeBuild&, const LatticeOutput&, const Workers&);
   // grad_weight [images, points, d + 1] -> grad_features [images, d, points].
   void (*backward)(const LatticeArgs&, const void* grad_weight, void* grad_features, const Workers&);
-  // row: [vertices + 1]; then vertex and weight: [row[vertices]].
-  void (*vertex_kernel_rows)(const VertexKernelArgs&, int64_t* row, const Workers&);
-  void (*vertex_kernel)(const VertexKernelArgs&, const int64_t* row, int32_t* vertex, void* weight, const Workers&);
+  // row: [vertices + 1]; then vertex and weight: [row[vertices]]. False where there is no memory.
+  bool (*vertex_kernel_rows)(const VertexKernelArgs&, int64_t* row, const Workers&);
+  bool (*vertex_kernel)(const VertexKernelArgs&, const int64_t* row, int32_t* vertex, void* weight, const Workers&);
 };
 
 struct CrfKernels {

@@ -90,12 +90,16 @@ std::tuple<Tensor, Tensor, Tensor> permutohedral_vertex_kernel(Tensor key, Tenso
   const Workers workers = workers_for(double(args.vertices) * double(args.vertices));
   Tensor row = torch::stable::new_empty(key, {key.size(0) + 1}, ScalarType::Long);
   int64_t* const rows = static_cast<int64_t*>(row.data_ptr());
-  lattice_kernels().vertex_kernel_rows(args, rows, workers);
+  const auto check_memory = [&](bool good) {
+    PYSEG_CHECK(good, kVertexKernel, ": out of memory for the vertices of key ", key.sizes());
+  };
+  check_memory(lattice_kernels().vertex_kernel_rows(args, rows, workers));
   for (int64_t v = args.vertices; v < key.size(0); ++v) rows[v + 1] = rows[v];
   const int64_t entries = rows[key.size(0)];
   Tensor vertex = torch::stable::new_empty(key, {entries}, ScalarType::Int);
   Tensor weight = torch::stable::new_empty(key, {entries}, float64 ? ScalarType::Double : ScalarType::Float);
-  lattice_kernels().vertex_kernel(args, rows, static_cast<int32_t*>(vertex.data_ptr()), weight.data_ptr(), workers);
+  check_memory(lattice_kernels().vertex_kernel(args, rows, static_cast<int32_t*>(vertex.data_ptr()), weight.data_ptr(),
+                                               workers));
   return {row, vertex, weight};
 }
 

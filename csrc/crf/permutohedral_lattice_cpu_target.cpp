@@ -85,16 +85,14 @@ void backward(const LatticeArgs& a, const void* grad_weight, void* grad_features
   });
 }
 
-void vertex_kernel_rows(const VertexKernelArgs& a, int64_t* row, const Workers& workers) {
-  VertexKernel(a).count(row, workers);
+bool vertex_kernel_rows(const VertexKernelArgs& a, int64_t* row, const Workers& workers) {
+  return VertexKernel(a).count(row, workers);
 }
 
-void vertex_kernel(const VertexKernelArgs& a, const int64_t* row, int32_t* vertex, void* weight,
+bool vertex_kernel(const VertexKernelArgs& a, const int64_t* row, int32_t* vertex, void* weight,
                    const Workers& workers) {
-  if (a.float64)
-    VertexKernel(a).fill(row, vertex, static_cast<double*>(weight), workers);
-  else
-    VertexKernel(a).fill(row, vertex, static_cast<float*>(weight), workers);
+  if (a.float64) return VertexKernel(a).fill(row, vertex, static_cast<double*>(weight), workers);
+  return VertexKernel(a).fill(row, vertex, static_cast<float*>(weight), workers);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ from pyseg._ops import permutohedral_lattice as _lattice_op  # noqa: F401
 Accuracy = Literal["fast", "high"]
 
 # Scale of the lattice, and the reach of the product between vertices in standard deviations; None: blur passes.
-LEVELS: dict[str, tuple[float, float | None]] = {"fast": (1.0, None), "high": (1.4, 3.0)}
+LEVELS: dict[str, tuple[float, float | None]] = {"fast": (1.0, None), "high": (1.2, 2.7)}
 
 
 class PermutohedralLattice(NamedTuple):
@@ -54,9 +54,9 @@ def permutohedral_lattice(
     Args:
         features: [N, d, *S], or the points of one image as [P, d]; d from 1 to 8. In standard deviations of the
             Gaussian: (x / 80, y / 80, r / 13, g / 13, b / 13). Any floating type; 16-bit ones are widened to float32.
-        accuracy: "fast": blur along the d + 1 directions as in the paper. "high": a lattice finer by 1.4, and in
-            place of the blur one sparse product with the exact Gaussian between vertices up to 3 standard deviations
-            apart.
+        accuracy: "fast": blur along the d + 1 directions as in the paper. "high": a lattice finer by 1.2, and in
+            place of the blur one sparse product with the exact Gaussian between vertices up to 2.7 standard deviations
+            apart: about half the error, at several times the cost.
         max_vertices: the size M of results that do not depend on the data, padded; without it M is the number of
             vertices, which costs one synchronisation on CUDA. More vertices than that are an error on the CPU; on CUDA
             those beyond are left out, and `offset[-1]` says how many there were.

@@ -82,7 +82,7 @@ def test_lattice(device, normalization):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.sum(1), torch.ones_like(got[:, 0]))
         errors[accuracy] = (got.cpu() - expected).abs().mean().item()
-    assert errors["high"] < 0.7 * errors["fast"]
+    assert errors["high"] < 0.85 * errors["fast"]
     assert errors["fast"] < 0.03
     alone = dense_crf(unary.to(device), image.to(device), **{**arguments, "appearance": None}).cpu()
     expected = brute_force(unary, image, potts(weights[0], 4), potts(0.0, 4), normalization, iterations=3)

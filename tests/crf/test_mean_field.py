@@ -240,7 +240,7 @@ def test_coarse_grid(classes, shape, sigma):
     matrices = [coarse_matrix(size, s) for size, s in zip(shape[-2:], sigma[-2:], strict=True)]
     if len(shape) == 3:
         along = torch.eye(shape[0], dtype=torch.float64).reshape(1, shape[0], 1, 1, shape[0])
-        depth = gaussian_filter(along, (sigma[0], 0, 0), TRUNCATE, False) if sigma[0] else along
+        depth = gaussian_filter(along, (0, 0, sigma[0]), TRUNCATE, False) if sigma[0] else along
         matrices = [depth.reshape(shape[0], shape[0]), *matrices]
     q, weights = softmax_of(unary, 1.2), scale.reshape(1, 1, *shape)
     for _ in range(2):
@@ -249,7 +249,7 @@ def test_coarse_grid(classes, shape, sigma):
             message = (message.movedim(2 + axis, -1) @ matrix).movedim(-1, 2 + axis)
         q = softmax_of(unary + (costs @ (message * weights).flatten(2)).reshape(unary.shape), 1.2)
     torch.testing.assert_close(got, q, rtol=0, atol=1e-11)
-    assert (got - exact).abs().mean() < 5e-3 * (exact - softmax_of(unary, 1.2)).abs().mean()
+    assert (got - exact).abs().mean() < 1e-2 * (exact - softmax_of(unary, 1.2)).abs().mean()
 
 
 def softmax_op(unary, temperature=1.3):
