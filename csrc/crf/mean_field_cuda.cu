@@ -99,7 +99,7 @@ class MeanField {
     Message& m = messages_[k];
     m.scale = point_scale(scale_out);
     m.matrix = compatibility.dim() == 2;
-    void* const costs = kept_.numbers((m.matrix ? shape_.classes : 1) * rows_.stride(), rows_.float64);
+    void* const costs = kept_.numbers((m.matrix ? rows_.stride() : 1) * rows_.stride(), rows_.float64);
     check(launch_compatibility(rows_, kept_.read<void>(compatibility), m.matrix, cooling_, costs, stream()));
     m.compatibility = costs;
   }

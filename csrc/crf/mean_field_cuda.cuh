@@ -70,7 +70,8 @@ constexpr int kUpdateBlocks = kUnits > 0 ? 8 : 4;
 template <typename T, int kUnits>
 __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks<kUnits>)
     mean_field_update_kernel(const __grid_constant__ Update a, int units, int group) {
-  __shared__ Unit<T> exchange[kUpdateThreads];
+  // Of each group, one unit apart: groups that read at the same time find other banks.
+  __shared__ __align__(16) T exchange[2 * kUpdateThreads * Unit<T>::kLanes];
   constexpr int kLanes = Unit<T>::kLanes, kAtOnce = kUnits > 0 ? kUnits : 1;
   const int lane = threadIdx.x % group;
   const int64_t at = int64_t{blockIdx.x} * (kUpdateThreads / group) + threadIdx.x / group;
@@ -80,6 +81,8 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks<kUnits>)
   T* const to = static_cast<T*>(a.to) + at * stride;
   Energies<T, kUnits> energies(exists ? to : nullptr, lane, group, units);
   const int count = energies.count();
+
+  T* const messages = exchange + threadIdx.x / group * (group + 1) * kLanes;
 
   // 1. Unary energies.
 #pragma unroll(kAtOnce)
@@ -104,17 +107,20 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks<kUnits>)
         energies.set(n, sum);
         continue;
       }
-      exchange[threadIdx.x] = message;
+      *reinterpret_cast<Unit<T>*>(messages + lane * kLanes) = message;
       __syncwarp();
-      const T* const messages = reinterpret_cast<const T*>(exchange + (threadIdx.x - lane));
       const int64_t first = int64_t{n} * group * kLanes;
-      const int others = int(min(int64_t{group} * kLanes, a.classes - first));
+      const int others = int(min(int64_t{group} * kLanes, stride - first));
 #pragma unroll(kAtOnce)
       for (int own = 0; own < count; ++own) {
         if (!energies.has(own)) continue;
         Unit<T> sum = energies.get(own);
         const T* costs = compatibility + first * stride + energies.channel(own);
-        for (int other = 0; other < others; ++other) sum.add(load_unit(costs + other * stride), messages[other]);
+        for (int other = 0; other < others; other += kLanes) {
+          const Unit<T> some = *reinterpret_cast<const Unit<T>*>(messages + other);
+#pragma unroll
+          for (int i = 0; i < kLanes; ++i) sum.add(load_unit(costs + (other + i) * stride), some.v[i]);
+        }
         energies.set(own, sum);
       }
       __syncwarp();
@@ -164,15 +170,16 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks<kUnits>)
   }
 }
 
-// to[other, c] = factor * compatibility[c, other], or of a diagonal to[0, c]. Grid: threads for rows * stride.
+// to[other, c] = factor * compatibility[c, other], or of a diagonal to[0, c]; zeros beyond the classes. Grid: threads for
+// all elements.
 template <typename T>
 __global__ void __launch_bounds__(kUpdateThreads)
     mean_field_compatibility_kernel(const T* compatibility, int64_t classes, int64_t stride, bool matrix, T factor,
                                     T* to) {
   const int64_t i = int64_t{blockIdx.x} * kUpdateThreads + threadIdx.x;
-  if (i >= (matrix ? classes : 1) * stride) return;
+  if (i >= (matrix ? stride : 1) * stride) return;
   const int64_t other = i / stride, c = i - other * stride;
-  to[i] = c < classes ? factor * compatibility[matrix ? c * classes + other : c] : T(0);
+  to[i] = c < classes && other < classes ? factor * compatibility[matrix ? c * classes + other : c] : T(0);
 }
 
 }  // namespace pyseg::crf

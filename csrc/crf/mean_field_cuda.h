@@ -19,7 +19,7 @@ struct Message {
   int64_t vertices;
   double factor;
   PointScale scale;
-  const void* compatibility;  // over the temperature: [1, stride], or [classes, stride], transposed
+  const void* compatibility;  // over the temperature: [1, stride], or [stride, stride], transposed
   bool matrix;
 };
 

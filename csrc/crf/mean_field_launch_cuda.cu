@@ -30,7 +30,7 @@ cudaError_t launch_update(const Update& a, cudaStream_t stream) {
 
 cudaError_t launch_compatibility(const Rows& rows, const void* compatibility, bool matrix, double factor, void* to,
                                  cudaStream_t stream) {
-  const int64_t elements = (matrix ? rows.channels : 1) * rows.stride();
+  const int64_t elements = (matrix ? rows.stride() : 1) * rows.stride();
   const auto blocks = static_cast<unsigned>((elements + kUpdateThreads - 1) / kUpdateThreads);
   if (rows.float64)
     mean_field_compatibility_kernel<double>

@@ -15,7 +15,7 @@ __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
 }
 
 template <typename T>
-struct Unit {
+struct alignas(kUnitBytes) Unit {
   static constexpr int kLanes = kUnitBytes / int(sizeof(T));
   T v[kLanes];
 
