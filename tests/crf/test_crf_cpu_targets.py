@@ -14,14 +14,14 @@ import torch
 import test_gaussian_filter, test_mean_field, test_permutohedral_filter, test_permutohedral_lattice
 import pyseg._loader
 assert pyseg._loader._C.cpu_capability() == {capability!r}
-for d in (1, 2, 5, 8):
+for d in (2, 5):
     for dtype in (torch.float32, torch.float64):
         test_permutohedral_lattice.test_definition("cpu", d, dtype)
     for accuracy in ("fast", "high"):
         test_permutohedral_filter.test_definition("cpu", d, accuracy, True)
 test_permutohedral_lattice.test_gradient_of_the_reference("cpu")
 test_permutohedral_lattice.test_vertex_kernel(3)
-for channels in (1, 2, 3, 5, 8, 16, 21, 33):
+for channels in (1, 3, 8, 21):
     test_permutohedral_filter.test_channels("cpu", channels)
     test_mean_field.test_classes("cpu", channels)
 test_permutohedral_filter.test_gradients_of_the_reference("cpu", "fast")
