@@ -14,7 +14,8 @@ import torch
 SGEMM_SIZES = (512, 1024, 1536)
 STREAM_MIB = (1, 4, 16, 64, 256)  # footprints, from inside the caches to far outside
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "onnxruntime", "monai", "kornia",
-            "segmentation-models-pytorch", "scipy", "edt", "opencv-python-headless", "pyseg-kernels")  # fmt: skip
+            "segmentation-models-pytorch", "scipy", "edt", "opencv-python-headless", "pydensecrf2",
+            "pyseg-kernels")  # fmt: skip
 
 
 def measure_rates(seconds: float = 0.15) -> dict[str, Any]:

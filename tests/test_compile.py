@@ -8,7 +8,17 @@ import torch._dynamo.testing
 from torch import nn
 
 import pyseg
-from pyseg.functional import atrous_conv2d, confusion_matrix, distance_to_two_nearest_objects, distance_transform, iou
+from pyseg.functional import (
+    atrous_conv2d,
+    confusion_matrix,
+    dense_crf,
+    distance_to_two_nearest_objects,
+    distance_transform,
+    gaussian_filter,
+    iou,
+    permutohedral_filter,
+    permutohedral_lattice,
+)
 
 BACKENDS = ["aot_eager", "inductor"]
 
@@ -326,3 +336,65 @@ def test_multiscale_roi_align_module():
         boxes = [torch.tensor([[1.0, 2, 5, 6]]), torch.tensor([[0.0, 0, 7, 7], [2, 1, 3, 4]])]
         shapes = [(x.shape[2], x.shape[3])] * 2
         torch.testing.assert_close(fast(features, boxes, shapes), pooler(features, boxes, shapes))
+
+
+# ---- dense CRF ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_filters(device, backend):
+    """Forward and backward; the number of vertices is a size of the graph, unless max_vertices fixes it."""
+    available(device, backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    def filtered(features, values):
+        lattice = permutohedral_lattice(features.sin())
+        padded = permutohedral_lattice(features.cos(), max_vertices=2000)
+        result = permutohedral_filter(lattice, values) + permutohedral_filter(padded, values)
+        return gaussian_filter(result, (1.5, 0.0)).square()
+
+    fast = compiled(filtered, counter)
+    frames = []
+    for x in images(device, (2, 7, 9), (3, 8, 6), (4, 11, 7), channels=3):
+        results = []
+        for f in (filtered, fast):
+            features, values = x.clone().requires_grad_(), x.cos().requires_grad_()
+            y = f(features, values)
+            results.append([y, *torch.autograd.grad(y.sum(), (features, values))])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-3)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[-1]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dense_crf(device, backend, requires_grad):
+    """The fused iterations, and the differentiable ones with their gradients."""
+    available(device, backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    def marginals(x, image):
+        return dense_crf(x.sin() * 3, image * 9, iterations=1) * 2
+
+    fast = compiled(marginals, counter)
+    frames = []
+    for x in images(device, (2, 7, 9), (3, 8, 6), (4, 9, 7), requires_grad=requires_grad):
+        results = []
+        for f in (marginals, fast):
+            y = f(x, x.detach()[:, :3])
+            results.append([y, *(torch.autograd.grad(y[:, 0].sum(), x) if requires_grad else [])])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-4)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[-1]
+
+
+def test_crf_module_trains():
+    module = pyseg.nn.CRFasRNN(5, iterations=1)
+    fast = compiled(module, "aot_eager")
+    (x,) = images("cpu", (2, 7, 9))
+    got = torch.autograd.grad(fast(x, x[:, :3]).square().sum(), list(module.parameters()))
+    want = torch.autograd.grad(module(x, x[:, :3]).square().sum(), list(module.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -1,5 +1,6 @@
 """The photo example, as a user runs it: on a photograph of scikit-image and on files of one's own."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -43,6 +44,15 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
+def run_other(name, *arguments):
+    """Another example in a process of its own."""
+    import pyseg
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
 def test_photograph(network, tmp_path):
     pytest.importorskip("onnxruntime")
     done = run("--photos", "chelsea", "--repeats", 1, "--threads", 2, "-o", tmp_path)
@@ -51,7 +61,7 @@ def test_photograph(network, tmp_path):
     *_, from_torch, from_onnxruntime = map(float, row.split()[1:])
     assert max(from_torch, from_onnxruntime) <= 2e-3
     with Image.open(tmp_path / "chelsea_segmented.png") as picture:
-        assert picture.width > 4 * 300
+        assert picture.width > 5 * 300
 
 
 def test_mask_is_sane(example, network):
@@ -248,3 +258,76 @@ def test_display_instances():
         display_instances(image, boxes, masks, [1, 0], ["disc", "square"], [0.5])
     with pytest.raises(ValueError, match=r"mask must be \[60, 80\], got \[59, 80\]"):
         display_instances(image, boxes, masks[:, 1:], [1, 0], ["disc", "square"])
+
+
+# ---- refine_mask.py, train_crf.py ----
+
+
+@pytest.fixture
+def disc(tmp_path):
+    """A noisy photograph of a bright disc, a coarse mask of it, strokes on and beside it, and the disc itself."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:60, :80]
+    inside = (y - 30) ** 2 + (x - 40) ** 2 < 400
+    photo = np.where(inside[..., None], (200, 180, 90), (60, 90, 120)) + rng.normal(0, 4, (60, 80, 3))
+    Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(tmp_path / "disc.png")
+    blocks = inside.reshape(6, 10, 8, 10).mean((1, 3)).repeat(10, 0).repeat(10, 1)
+    Image.fromarray((255 * blocks).astype(np.uint8)).save(tmp_path / "mask.png")
+    strokes = np.zeros((60, 80, 4), np.uint8)
+    strokes[28:32, 30:50] = (255, 0, 0, 255)
+    strokes[3:6, 5:75] = (0, 0, 255, 255)
+    Image.fromarray(strokes).save(tmp_path / "strokes.png")
+    return tmp_path, inside, blocks > 0.5
+
+
+def test_refine_mask(disc):
+    folder, inside, coarse = disc
+    done = run_other("refine_mask.py", folder / "disc.png", folder / "mask.png", "-o", folder, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    refined = np.asarray(Image.open(folder / "disc_refined.png"))[:, :, 0] > 127
+    assert (refined != inside).sum() < 0.2 * (coarse != inside).sum()
+    assert Image.open(folder / "disc_refinement.png").width > 5 * 300
+
+
+def test_refine_scribbles(disc):
+    folder, inside, _ = disc
+    arguments = [folder / "disc.png", folder / "strokes.png", "--scribbles", "--threads", 1]
+    done = run_other("refine_mask.py", *arguments, "-o", folder / "labels.png")
+    assert done.returncode == 0, done.stderr
+    labels = np.asarray(Image.open(folder / "labels.png"))
+    assert ((labels == (255, 0, 0)).all(2) != inside).mean() < 0.02
+    assert ((labels == (0, 0, 255)).all(2) == inside).mean() < 0.02
+
+
+def test_refine_mask_errors(disc, monkeypatch, capsys):
+    """In this process: a new one for each would take long."""
+    folder, *_ = disc
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    refine_mask = importlib.import_module("refine_mask")
+    photo, mask, strokes = folder / "disc.png", folder / "mask.png", folder / "strokes.png"
+    Image.new("RGB", (7, 5)).save(folder / "small.png")
+    Image.new("RGB", (80, 60), "red").save(folder / "red.png")
+    for arguments, message in (
+        ([photo, folder / "small.png"], "must be as large as the photo, 80x60, got 7x5"),
+        ([photo, folder / "none.png"], "cannot read"),
+        ([photo, folder / "red.png", "--scribbles"], "scribbles must have 2 to 64 colours"),
+        ([photo, "--scribbles"], "--scribbles needs a photo and a file of scribbles"),
+        ([photo, mask, "-o", photo], "-o must not be one of the inputs"),
+        ([photo, mask, "-o", folder / "x.jpg"], "-o must end in .png"),
+        ([photo, strokes, "--certainty", 2], "--certainty must be between 0 and 1"),
+        ([photo, mask, "--color-sigma", 0], "--spatial-sigma and --color-sigma must be positive"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["refine_mask.py", *map(str, arguments)])
+        assert refine_mask.main() == 2, message
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_train_crf(network, tmp_path):
+    pytest.importorskip("skimage.data")
+    done = run_other("train_crf.py", "--steps", 8, "--threads", 1, "-o", tmp_path / "crf.png")
+    assert done.returncode == 0, done.stderr
+    scores = [float(value) for value in re.findall(r"IoU (\d\.\d+)", done.stdout)]
+    assert scores[0] < scores[1] < scores[2]
+    assert Image.open(tmp_path / "crf.png").width > 1000

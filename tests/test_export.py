@@ -171,3 +171,33 @@ def test_roi_align(strict):
         arguments = example(*size)
         for got, expected in zip(program.module()(*arguments), Pooled()(*arguments), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+class Refined(nn.Module):
+    def __init__(self, accuracy):
+        super().__init__()
+        self.crf = pyseg.nn.DenseCRF(iterations=2, accuracy=accuracy)
+
+    def forward(self, x, image):
+        return self.crf(x, image)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("accuracy", ["fast", "high"])
+def test_dense_crf(device, strict, accuracy):
+    if device == "cuda" and accuracy == "high":
+        accuracy = "fast"
+    model = Refined(accuracy)
+
+    def example(n, h, w):
+        return torch.randn(n, 4, h, w).to(device), torch.randn(n, 3, h, w).to(device) * 20
+
+    sizes = {0: Dim("n"), 2: Dim("h", min=2, max=4096), 3: Dim("w", min=2, max=4096)}
+    arguments = example(2, 9, 8)
+    with torch.no_grad():
+        program = torch.export.export(model, arguments, dynamic_shapes={"x": sizes, "image": sizes}, strict=strict)
+    program = saved_and_loaded(program)
+    assert torch.ops.pyseg._mean_field.default in [node.target for node in program.graph.nodes]
+    for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
+        arguments = example(*size)
+        torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)

@@ -23,6 +23,10 @@ slow="test_large or backward_large or 2048 or cpu_capability or cpu_target or me
 # The operators' own tests; those of the Python layers above them call the same kernels.
 operators=(
   tests/conv
+  tests/crf/test_permutohedral_lattice.py
+  tests/crf/test_permutohedral_filter.py
+  tests/crf/test_gaussian_filter.py
+  tests/crf/test_mean_field.py
   tests/distance/test_distance_transform.py
   tests/loss/test_segmentation_statistics.py
   tests/loss/test_pixel_cross_entropy.py

@@ -16,20 +16,25 @@ namespace {
 
 typedef int32_t VecInt __attribute__((vector_size(kVectorBytes)));
 
-// exp(x) for x <= 0: exp(-0) = exp(0) = 1, exp(-inf) = 0, NaN stays; results below the least normal number become 0.
-inline Vec<float> exp_nonpositive(Vec<float> x) {
-  constexpr float kLeast = -87.33654f;            // exp of less is denormal
-  constexpr float kShift = 12582912.f + 127.f;    // 1.5 * 2^23: the sum's last bits are n plus the exponent's bias
-  const Vec<float> t = x * 1.44269504f + kShift;  // 1 / ln 2
-  const Vec<float> n = t - kShift;
-  const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec<float> y = r * 0.008312522f + 0.041890156f;
+// exp(x) for x <= 0: exp(-0) = exp(0) = 1, exp(-inf) = 0, NaN stays; results below the least normal number become 0. V is
+// a vector of any number of floats.
+template <typename V>
+inline V exp_nonpositive_float(V x) {
+  typedef decltype(x < x) Int;
+  constexpr float kLeast = -87.33654f;          // exp of less is denormal
+  constexpr float kShift = 12582912.f + 127.f;  // 1.5 * 2^23: the sum's last bits are n plus the exponent's bias
+  const V t = x * 1.44269504f + kShift;         // 1 / ln 2
+  const V n = t - kShift;
+  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  V y = r * 0.008312522f + 0.041890156f;
   y = y * r + 0.16667114f;
   y = y * r + 0.49999231f;
   y = y * (r * r) + r + 1.f;
-  const Vec<float> scale = (Vec<float>)((VecInt)t << 23);  // 2^n
-  return x < kLeast ? Vec<float>{} : y * scale;
+  const V scale = (V)((Int)t << 23);  // 2^n
+  return x < kLeast ? V{} : y * scale;
 }
+
+inline Vec<float> exp_nonpositive(Vec<float> x) { return exp_nonpositive_float(x); }
 
 // log(x): log(0) = -inf, log(inf) = inf, NaN for x < 0 and for NaN; denormal numbers count in full.
 inline Vec<float> log(Vec<float> x) {

@@ -2,15 +2,25 @@
 
 from pyseg.functional.atrous_conv2d import atrous_conv2d as atrous_conv2d
 from pyseg.functional.confusion_matrix import confusion_matrix as confusion_matrix
+from pyseg.functional.dense_crf import dense_crf as dense_crf
+from pyseg.functional.dense_crf import dense_crf_energy as dense_crf_energy
+from pyseg.functional.dense_crf import dense_crf_kernels as dense_crf_kernels
 from pyseg.functional.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.functional.distance_transform import distance_transform as distance_transform
+from pyseg.functional.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
 from pyseg.functional.nms import batched_nms as batched_nms
 from pyseg.functional.nms import nms as nms
 from pyseg.functional.nms import nms_padded as nms_padded
+from pyseg.functional.pairwise_kernels import FeatureKernel as FeatureKernel
+from pyseg.functional.pairwise_kernels import GaussianKernel as GaussianKernel
+from pyseg.functional.pairwise_kernels import bilateral_features as bilateral_features
 from pyseg.functional.paste_masks import crop_masks as crop_masks
 from pyseg.functional.paste_masks import paste_masks as paste_masks
+from pyseg.functional.permutohedral_lattice import PermutohedralLattice as PermutohedralLattice
+from pyseg.functional.permutohedral_lattice import permutohedral_filter as permutohedral_filter
+from pyseg.functional.permutohedral_lattice import permutohedral_lattice as permutohedral_lattice
 from pyseg.functional.roi_align import multiscale_roi_align as multiscale_roi_align
 from pyseg.functional.roi_align import roi_align as roi_align
 from pyseg.functional.segmentation_metrics import dice as dice
@@ -25,21 +35,31 @@ from pyseg.functional.surface_distance import hausdorff_distance as hausdorff_di
 from pyseg.functional.surface_distance import surface_dice as surface_dice
 
 __all__ = [
+    "FeatureKernel",
+    "GaussianKernel",
+    "PermutohedralLattice",
     "atrous_conv2d",
     "average_surface_distance",
     "batched_nms",
     "confusion_matrix",
     "crop_masks",
+    "bilateral_features",
+    "dense_crf",
+    "dense_crf_energy",
+    "dense_crf_kernels",
     "dice",
     "distance_to_two_nearest_objects",
     "distance_transform",
     "frequency_weighted_iou",
+    "gaussian_filter",
     "hausdorff_distance",
     "iou",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
     "paste_masks",
+    "permutohedral_filter",
+    "permutohedral_lattice",
     "pixel_accuracy",
     "precision",
     "recall",

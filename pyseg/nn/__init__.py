@@ -2,6 +2,8 @@
 
 from pyseg.nn.atrous_conv2d import AtrousConv2d as AtrousConv2d
 from pyseg.nn.atrous_conv2d import AtrousConv2dPlan as AtrousConv2dPlan
+from pyseg.nn.dense_crf import CRFasRNN as CRFasRNN
+from pyseg.nn.dense_crf import DenseCRF as DenseCRF
 from pyseg.nn.losses import *  # noqa: F403
 from pyseg.nn.losses import __all__ as _losses
 from pyseg.nn.metrics import ConfusionMatrix as ConfusionMatrix
@@ -13,6 +15,8 @@ __all__ = [
     "AtrousConv2dPlan",
     "ConfusionMatrix",
     "MultiScaleRoIAlign",
+    "CRFasRNN",
+    "DenseCRF",
     "SegmentationMetrics",
     *_losses,
 ]

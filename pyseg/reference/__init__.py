@@ -2,11 +2,17 @@
 
 from pyseg.reference.atrous_conv2d import atrous_conv2d as atrous_conv2d
 from pyseg.reference.confusion_matrix import confusion_matrix as confusion_matrix
+from pyseg.reference.dense_crf import dense_crf as dense_crf
+from pyseg.reference.dense_crf import dense_crf_energy as dense_crf_energy
+from pyseg.reference.dense_crf import pairwise_matrix as pairwise_matrix
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
+from pyseg.reference.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
 from pyseg.reference.paste_masks import nms as nms
 from pyseg.reference.paste_masks import paste_masks as paste_masks
+from pyseg.reference.permutohedral import permutohedral_filter as permutohedral_filter
+from pyseg.reference.permutohedral import permutohedral_simplices as permutohedral_simplices
 from pyseg.reference.pixel_cross_entropy import pixel_cross_entropy as pixel_cross_entropy
 from pyseg.reference.roi_align import multiscale_roi_align as multiscale_roi_align
 from pyseg.reference.roi_align import roi_align as roi_align
@@ -19,13 +25,19 @@ __all__ = [
     "atrous_conv2d",
     "average_surface_distance",
     "confusion_matrix",
+    "dense_crf",
+    "dense_crf_energy",
     "distance_to_two_nearest_objects",
     "distance_transform",
+    "gaussian_filter",
     "hausdorff_distance",
     "lovasz_statistics",
     "multiscale_roi_align",
     "nms",
+    "pairwise_matrix",
     "paste_masks",
+    "permutohedral_filter",
+    "permutohedral_simplices",
     "pixel_cross_entropy",
     "roi_align",
     "segmentation_statistics",
