@@ -9,8 +9,9 @@ function(pyseg_add_cpu_target module name flags)
   add_library(${target} OBJECT ${ARGN})
   target_include_directories(${target} PRIVATE csrc)
   target_compile_definitions(${target} PRIVATE PYSEG_TARGET=${name})
-  # Sums may use fused multiply-adds; nothing else that changes results is allowed.
-  target_compile_options(${target} PRIVATE -O3 -Wall -Wextra -ffp-contract=fast -fno-math-errno -fno-trapping-math
+  # Sums may use fused multiply-adds; nothing else that changes results is allowed. Kernels throw nothing, and what cleans
+  # up behind exceptions would be a symbol that targets share.
+  target_compile_options(${target} PRIVATE -O3 -Wall -Wextra -ffp-contract=fast -fno-math-errno -fno-trapping-math -fno-exceptions
                          ${flags})
   set_target_properties(${target} PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
   target_link_libraries(${target} PRIVATE pyseg_sanitize)
