@@ -280,7 +280,7 @@ def compare(arguments, features, device, tolerance):
 @pytest.mark.block_orders
 @pytest.mark.parametrize("matrix", [False, True])
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
-@pytest.mark.parametrize("classes", [1, 5, 21, 140, 270])  # in registers, up to two units a thread, or in memory
+@pytest.mark.parametrize("classes", [1, 5, 21, 100, 140, 270])  # in registers, up to two units a thread, or in memory
 def test_mean_field_of_many_classes(device, classes, dtype, matrix):
     sizes = (5, 9) if classes < 100 else (2, 3)
     unary = (randn(2, classes, *sizes, seed=1, dtype=dtype) * 2).to(device)
