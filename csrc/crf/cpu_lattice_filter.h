@@ -88,23 +88,13 @@ class VertexRows {
   // Adds the rows of `count` points, times scale(i), to those of their vertices.
   template <typename Scale>
   void splat(int64_t band, int64_t point, int64_t count, const T* row, const Scale& scale) const {
-    // In variables of its own: for all the compiler knows, what is stored below may be a member.
-    const int64_t stride = rows_.stride(), pitch = pitch_of(rows_);
-    const int corners = lattice_.corners;
-    T* const sums = sums_ + band * table_size_ - lattice_.first * pitch;
-    const int32_t* vertex = lattice_.vertex + point * corners;
-    const T* weight = lattice_.weight + point * corners;
-    for (int64_t i = 0; i < count; ++i, row += stride, vertex += corners, weight += corners)
-      for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
-        const T s = scale(i);
-        V v[kN];
-        for (int j = 0; j < kN; ++j) v[j] = R::load(row + chunk * R::kChunk + j * R::kLane) * s;
-        for (int c = 0; c < corners; ++c) {
-          T* const to = sums + vertex[c] * pitch + chunk * R::kChunk;
-          const T w = weight[c];
-          for (int j = 0; j < kN; ++j) R::store(to + j * R::kLane, R::load(to + j * R::kLane) + v[j] * w);
-        }
-      }
+    switch (lattice_.corners) {
+      case 3: return splat_simplices<3>(band, point, count, row, scale);
+      case 4: return splat_simplices<4>(band, point, count, row, scale);
+      case 5: return splat_simplices<5>(band, point, count, row, scale);
+      case 6: return splat_simplices<6>(band, point, count, row, scale);
+      default: return splat_simplices<0>(band, point, count, row, scale);
+    }
   }
 
   // Adds up what was splatted, blurs it and clears the sums for the next time.
@@ -189,6 +179,42 @@ class VertexRows {
   static int64_t pitch_of(const R& rows) {
     if constexpr (R::kSingle) return R::kChunk == 24 ? 32 : R::kChunk;
     return rows.stride();
+  }
+
+  // kCorners: of a simplex, 0 for any number. Neighbouring points have vertices in common, so a row is often loaded right
+  // after it was stored. Each corner has a load of its own in the unrolled loop, which the processor learns to hold back
+  // for the one store that it depends on; a loop's only load would wait for every store.
+  template <int kCorners, typename Scale>
+  void splat_simplices(int64_t band, int64_t point, int64_t count, const T* row, const Scale& scale) const {
+    // In variables of its own: for all the compiler knows, what is stored below may be a member.
+    const int64_t stride = rows_.stride(), pitch = pitch_of(rows_);
+    const int corners = kCorners > 0 ? kCorners : lattice_.corners;
+    T* const sums = sums_ + band * table_size_ - lattice_.first * pitch;
+    const int32_t* vertex = lattice_.vertex + point * corners;
+    const T* weight = lattice_.weight + point * corners;
+    for (int64_t i = 0; i < count; ++i, row += stride, vertex += corners, weight += corners)
+      for (int64_t chunk = 0; chunk < rows_.chunks(); ++chunk) {
+        const T s = scale(i);
+        V v[kN];
+        for (int j = 0; j < kN; ++j) v[j] = R::load(row + chunk * R::kChunk + j * R::kLane) * s;
+        if constexpr (kCorners > 0) {
+          T* to[kCorners];
+          V sum[kCorners][kN];
+#pragma GCC unroll 6
+          for (int c = 0; c < kCorners; ++c) {
+            to[c] = sums + vertex[c] * pitch + chunk * R::kChunk;
+            for (int j = 0; j < kN; ++j) sum[c][j] = R::load(to[c] + j * R::kLane) + v[j] * weight[c];
+          }
+#pragma GCC unroll 6
+          for (int c = 0; c < kCorners; ++c)
+            for (int j = 0; j < kN; ++j) R::store(to[c] + j * R::kLane, sum[c][j]);
+        } else {
+          for (int c = 0; c < corners; ++c) {
+            T* const to = sums + vertex[c] * pitch + chunk * R::kChunk;
+            for (int j = 0; j < kN; ++j) R::store(to + j * R::kLane, R::load(to + j * R::kLane) + v[j] * weight[c]);
+          }
+        }
+      }
   }
 
   void swap_tables() {
