@@ -7,14 +7,13 @@
 #include <tuple>
 
 #include "common/cpu_capability.h"
-#include "common/memory_format.h"
 #include "roi/roi_align_cpu_kernel.h"
 #include "roi/roi_check.h"
+#include "roi/roi_maps.h"
 
 namespace pyseg::roi {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -27,29 +26,6 @@ const RoiKernelTable& roi_kernels() {
   }
 #endif
   return baseline::roi_kernels;
-}
-
-// How boxes are given their levels; without it all belong to the first.
-struct Pyramid {
-  int least, most;
-  double canonical_size, canonical_level;
-};
-
-Tensor new_maps(const Tensor& like, const Ints& size, bool last) {
-  const MemoryFormat format = !last              ? MemoryFormat::Contiguous
-                              : size.size() == 5 ? MemoryFormat::ChannelsLast3d
-                                                 : MemoryFormat::ChannelsLast;
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
-}
-
-bool is_last(const Tensor& t) { return t.dim() == 5 ? is_channels_last_3d(t) : is_channels_last(t); }
-
-// Without gaps between its elements.
-bool is_dense_last(const Tensor& t) {
-  int64_t stride = t.size(1);
-  bool dense = is_last(t) && t.stride(1) == 1;
-  for (int64_t d = t.dim() - 1; d > 1; stride *= t.size(d--)) dense = dense && t.stride(d) == stride;
-  return dense && t.stride(0) == stride;
 }
 
 // The arguments as the kernels take them, and what they point into.
@@ -198,15 +174,6 @@ Tensor roi_align(Tensor input, Tensor boxes, Ints output_size, double spatial_sc
   return forward(kAlign, "input", {input}, boxes, output_size, {spatial_scale}, sampling_ratio, aligned, mode, {});
 }
 
-Pyramid check_pyramid(const char* op, int64_t least, int64_t most, double size, double level) {
-  constexpr int64_t kMost = 64;
-  PYSEG_CHECK(least > -kMost && least <= most && most < kMost, op, ": least_level must be at most most_level, got ",
-              least, " and ", most);
-  PYSEG_CHECK(size > 0 && std::isfinite(size) && std::isfinite(level), op,
-              ": canonical_size must be positive and finite, got ", size);
-  return {int(least), int(most), size, level};
-}
-
 Tensor multiscale_roi_align(Tensors features, Tensor boxes, Ints output_size, Floats spatial_scales,
                             int64_t sampling_ratio, bool aligned, std::string mode, int64_t least_level,
                             int64_t most_level, double canonical_size, double canonical_level) {
@@ -268,13 +235,7 @@ std::tuple<Tensors, Tensor> roi_align_backward(Tensor grad, Tensors features, Te
 }
 
 Tensor crop_masks(Tensor masks, Tensor boxes, Ints size, int64_t sampling_ratio, bool aligned) {
-  const auto type = masks.scalar_type();
-  PYSEG_CHECK(type == ScalarType::Bool || type == ScalarType::Byte, kCrop, ": masks must be bool or uint8, got torch.",
-              torch::headeronly::toString(type));
-  PYSEG_CHECK(masks.dim() == 3, kCrop, ": masks must be [N, H, W], got ", masks.sizes());
-  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, kCrop, ": boxes must be [K, 5], got ", boxes.sizes());
-  check_same_device(kCrop, "boxes", boxes, masks);
-  const Sampling sampling = check_sampling(kCrop, check_boxes(kCrop, boxes, 2), size, sampling_ratio, aligned);
+  const Sampling sampling = check_crop(masks, boxes, size, sampling_ratio, aligned);
   const Tensor rows = torch::stable::contiguous(masks), maps = torch::stable::unsqueeze(rows, 1);
   Tensor output = torch::stable::new_empty(masks, {boxes.size(0), size[0], size[1]}, ScalarType::Float);
   if (output.numel() == 0) return output;

@@ -99,6 +99,33 @@ inline Element check_maps(const char* op, const char* name, const Tensors& maps,
   return type;
 }
 
+inline Sampling check_crop(const torch::stable::Tensor& masks, const torch::stable::Tensor& boxes, const Ints& size,
+                           int64_t ratio, bool aligned) {
+  using torch::headeronly::ScalarType;
+  const auto type = masks.scalar_type();
+  PYSEG_CHECK(type == ScalarType::Bool || type == ScalarType::Byte, kCrop, ": masks must be bool or uint8, got torch.",
+              torch::headeronly::toString(type));
+  PYSEG_CHECK(masks.dim() == 3, kCrop, ": masks must be [N, H, W], got ", masks.sizes());
+  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, kCrop, ": boxes must be [K, 5], got ", boxes.sizes());
+  check_same_device(kCrop, "boxes", boxes, masks);
+  return check_sampling(kCrop, check_boxes(kCrop, boxes, 2), size, ratio, aligned);
+}
+
+// How boxes are given their levels; without it all belong to the first.
+struct Pyramid {
+  int least, most;
+  double canonical_size, canonical_level;
+};
+
+inline Pyramid check_pyramid(const char* op, int64_t least, int64_t most, double size, double level) {
+  constexpr int64_t kMost = 64;
+  PYSEG_CHECK(least > -kMost && least <= most && most < kMost, op, ": least_level must be at most most_level, got ",
+              least, " and ", most);
+  PYSEG_CHECK(size > 0 && std::isfinite(size) && std::isfinite(level), op,
+              ": canonical_size must be positive and finite, got ", size);
+  return {int(least), int(most), size, level};
+}
+
 // Shapes of masks [K, m_h, m_w], boxes [K, 4] and an image.
 inline void check_paste(const char* op, const Ints& masks, const torch::stable::Tensor& boxes, int64_t height,
                         int64_t width, int64_t padding) {
