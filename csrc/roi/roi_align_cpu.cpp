@@ -187,37 +187,13 @@ std::tuple<Tensors, Tensor> roi_align_backward(Tensor grad, Tensors features, Te
                                                Ints channels_last, Floats spatial_scales, int64_t sampling_ratio,
                                                bool aligned, std::string mode, Floats pyramid, bool need_features,
                                                bool need_boxes) {
-  const char* op = kAlignBackward;
-  const Element type = check_floats(op, "grad", grad);
-  PYSEG_CHECK(grad.dim() == 4 || grad.dim() == 5, op, ": grad must be [K, C, *output_size], got ", grad.sizes());
-  const size_t rank = grad.dim(), levels = channels_last.size();
-  PYSEG_CHECK(levels > 0 && sizes.size() == rank * levels, op, ": sizes must have ", rank, " numbers for each of ",
-              levels, " maps, got ", sizes);
-  std::vector<Ints> each;
-  for (size_t l = 0; l < levels; ++l) {
-    each.emplace_back(sizes.begin() + l * rank, sizes.begin() + (l + 1) * rank);
-    PYSEG_CHECK(each[l][0] == each[0][0] && each[l][1] == grad.size(1), op,
-                ": sizes must have the same images and channels, got ", sizes);
-    if (features.empty()) continue;
-    PYSEG_CHECK(features.size() == levels && sizes_of(features[l]) == each[l] &&
-                    features[l].scalar_type() == grad.scalar_type(),
-                op, ": features must be of the sizes and dtype of grad's maps");
-  }
-  const BoxKind kind = check_boxes(op, boxes, grad.dim() - 2);
-  const Ints output_size(grad.sizes().begin() + 2, grad.sizes().end());
-  PYSEG_CHECK(boxes.size(0) == grad.size(0), op, ": boxes must have ", grad.size(0), " rows like grad, got ",
-              boxes.size(0));
-  const Sampling sampling = check_sampling(op, kind, output_size, sampling_ratio, aligned);
-  const bool maximum = check_mode(op, mode);
-  PYSEG_CHECK(!features.empty() || !(maximum || need_boxes), op, ": features must be given for max and for the boxes");
-  std::optional<Pyramid> levels_of;
-  if (!pyramid.empty()) {
-    PYSEG_CHECK(pyramid.size() == 4, op, ": pyramid must have no elements or 4, got ", pyramid);
-    levels_of = check_pyramid(op, int64_t(pyramid[0]), int64_t(pyramid[1]), pyramid[2], pyramid[3]);
-  }
-  Call call(op, type, each, features, boxes, spatial_scales, sampling, maximum, levels_of);
+  const BackwardArguments checked = check_backward(grad, features, boxes, sizes, channels_last.size(), sampling_ratio,
+                                                   aligned, mode, pyramid, need_boxes);
+  const std::vector<Ints>& each = checked.sizes;
+  Call call(kAlignBackward, checked.type, each, features, boxes, spatial_scales, checked.sampling, checked.maximum,
+            checked.pyramid);
   Tensors grads;
-  for (size_t l = 0; l < levels; ++l) {
+  for (size_t l = 0; l < each.size(); ++l) {
     grads.push_back(need_features ? new_maps(grad, each[l], channels_last[l] != 0)
                                   : torch::stable::new_empty(grad, {0}));
     if (!need_features || grads[l].numel() == 0) continue;

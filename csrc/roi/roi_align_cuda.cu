@@ -1,14 +1,16 @@
-// roi_align, multiscale_roi_align and crop_masks on CUDA devices: checks, buffers, launches, registration.
-#include "roi/roi_align_cuda.cuh"
-
+// roi_align, multiscale_roi_align, their gradients and crop_masks on CUDA devices: checks, buffers, launches,
+// registration.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 #include "common/cuda_launches.h"
+#include "roi/roi_align_backward_cuda.cuh"
+#include "roi/roi_align_cuda.cuh"
 #include "roi/roi_check.h"
 #include "roi/roi_maps.h"
 
@@ -74,6 +76,8 @@ class CudaCall {
     args.plans = plans_.data_ptr();
   }
   CudaCall(const CudaCall&) = delete;
+
+  Tensor new_boxes() const { return torch::stable::new_empty(boxes_, boxes_.sizes()); }
 
   void plan(const CudaLaunches& launches) const {
     const auto blocks = unsigned((args.boxes + kPlanThreads - 1) / kPlanThreads);
@@ -164,6 +168,64 @@ Tensor multiscale_roi_align(Tensors features, Tensor boxes, Ints output_size, Fl
                  pyramid);
 }
 
+template <typename T, BoxKind kKind>
+void launch_grad_maps(const CudaRoiArgs& a, int64_t tiles, const CudaLaunches& launches) {
+  const dim3 grid(unsigned(tiles), unsigned((a.channels + kTileChannels - 1) / kTileChannels));
+  roi_align_grad_maps<T, kKind><<<grid, kTileChannels, 0, launches.stream()>>>(a);
+  launches.check(cudaGetLastError());
+}
+
+template <typename T, BoxKind kKind>
+void launch_grad_boxes(const CudaRoiArgs& a, const CudaLaunches& launches) {
+  roi_align_grad_boxes<T, kKind><<<unsigned(a.boxes), kBoxThreads, 0, launches.stream()>>>(a);
+  launches.check(cudaGetLastError());
+}
+
+std::tuple<Tensors, Tensor> roi_align_backward(Tensor grad, Tensors features, Tensor boxes, Ints sizes,
+                                               Ints channels_last, Floats spatial_scales, int64_t sampling_ratio,
+                                               bool aligned, std::string mode, Floats pyramid, bool need_features,
+                                               bool need_boxes) {
+  const char* op = kAlignBackward;
+  const BackwardArguments checked = check_backward(grad, features, boxes, sizes, channels_last.size(), sampling_ratio,
+                                                   aligned, mode, pyramid, need_boxes);
+  check_same_device(op, "boxes", boxes, grad);
+  for (const Tensor& map : features) check_same_device(op, "features", map, grad);
+  check_count(op, boxes);
+  PYSEG_CHECK(grad.size(1) <= kMostInGrid * kTileChannels, op, ": grad must have at most ", kMostInGrid * kTileChannels,
+              " channels on CUDA devices, got ", grad.size(1));
+  const CudaLaunches launches(op, grad);
+  CudaCall call(op, checked.type, checked.sizes, features, boxes, spatial_scales, checked.sampling, checked.maximum,
+                checked.pyramid);
+  Tensors grads;
+  int64_t tiles = 0;
+  for (size_t l = 0; l < checked.sizes.size(); ++l) {
+    grads.push_back(need_features ? new_maps(grad, checked.sizes[l], channels_last[l] != 0)
+                                  : torch::stable::new_empty(grad, {0}));
+    CudaLevel& level = call.args.level[l];
+    level.first_tile = tiles;
+    level.grad_last = channels_last[l] != 0;
+    if (need_features && grads[l].numel() > 0) {
+      level.grad = grads[l].data_ptr();
+      tiles += call.args.images * level.size[kZ] * ((level.size[kY] + kTile - 1) / kTile) *
+               ((level.size[kX] + kTile - 1) / kTile);
+    }
+  }
+  PYSEG_CHECK(tiles <= INT32_MAX, op, ": features must have fewer than 2^31 tiles of ", kTile, " x ", kTile,
+              " elements on CUDA devices, got ", tiles);
+  Tensor grad_boxes = need_boxes ? call.new_boxes() : torch::stable::new_empty(boxes, {0});
+  const bool last = is_dense_last(grad);
+  const Tensor dense = last ? grad : torch::stable::contiguous(grad);
+  call.args.grad_output = dense.data_ptr();
+  call.args.last = last;
+  call.args.grad_boxes = grad_boxes.data_ptr();
+  if (boxes.size(0) > 0) call.plan(launches);
+  with_types(checked.type, checked.kind, [&]<typename T, BoxKind kKind>() {
+    if (tiles > 0) launch_grad_maps<T, kKind>(call.args, tiles, launches);
+    if (need_boxes && boxes.size(0) > 0) launch_grad_boxes<T, kKind>(call.args, launches);
+  });
+  return {grads, need_boxes ? torch::stable::to(grad_boxes, boxes.scalar_type()) : grad_boxes};
+}
+
 Tensor crop_masks(Tensor masks, Tensor boxes, Ints size, int64_t sampling_ratio, bool aligned) {
   const Sampling sampling = check_crop(masks, boxes, size, sampling_ratio, aligned);
   check_count(kCrop, boxes);
@@ -183,6 +245,7 @@ Tensor crop_masks(Tensor masks, Tensor boxes, Ints size, int64_t sampling_ratio,
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CUDA, m) {
   m.impl("roi_align", TORCH_BOX(&roi_align));
   m.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align));
+  m.impl("_roi_align_backward", TORCH_BOX(&roi_align_backward));
   m.impl("crop_masks", TORCH_BOX(&crop_masks));
 }
 
