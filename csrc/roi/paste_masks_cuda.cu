@@ -1,13 +1,15 @@
 // paste_masks on CUDA devices: checks, buffers, launches, registration.
-#include "roi/paste_masks_cuda.cuh"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <numeric>
+#include <tuple>
 
 #include "common/cuda_launches.h"
+#include "roi/paste_masks_cuda.cuh"
+#include "roi/paste_masks_rle_cuda.cuh"
 #include "roi/roi_check.h"
 
 namespace pyseg::roi {
@@ -124,11 +126,43 @@ Tensor paste_masks_backward_cuda(Tensor grad, Tensor boxes, int64_t mask_height,
   return out;
 }
 
+// The sum of the sizes is data: waits for the device once.
+std::tuple<Tensor, Tensor> paste_masks_rle_cuda(Tensor masks, Tensor boxes, int64_t height, int64_t width,
+                                                double threshold, int64_t padding) {
+  check_paste(kPasteRle, sizes_of(masks), boxes, height, width, padding);
+  PYSEG_CHECK(masks.size(0) <= INT32_MAX, kPasteRle, ": masks must be fewer than 2^31, got ", masks.size(0));
+  const CudaLaunches launches(kPasteRle, masks);
+  CudaPasteCall call(kPasteRle, masks, sizes_of(masks), boxes, height, width, padding);
+  Tensor sizes = torch::stable::new_empty(masks, {masks.size(0)}, ScalarType::Long);
+  if (masks.size(0) == 0) return {torch::stable::new_empty(masks, {0}, ScalarType::Byte), sizes};
+  const Tensor dense = torch::stable::contiguous(masks);
+  call.args.masks = dense.data_ptr();
+  call.args.threshold = threshold;
+  call.plan(launches);
+  const auto run = [&](uint8_t* bytes) {
+    auto* const each = static_cast<int64_t*>(sizes.data_ptr());
+    call.with_type([&]<typename T>() {
+      paste_masks_rle<T><<<unsigned(masks.size(0)), kPasteThreads, 0, launches.stream()>>>(call.args, each, bytes);
+    });
+    launches.check(cudaGetLastError());
+  };
+  run(nullptr);
+  std::vector<int64_t> counts(masks.size(0));
+  launches.check(cudaMemcpyAsync(counts.data(), sizes.data_ptr(), counts.size() * sizeof(int64_t),
+                                 cudaMemcpyDeviceToHost, launches.stream()));
+  launches.check(cudaStreamSynchronize(launches.stream()));
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  Tensor bytes = torch::stable::new_empty(masks, {total}, ScalarType::Byte);
+  run(static_cast<uint8_t*>(bytes.data_ptr()));
+  return {bytes, sizes};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CUDA, m) {
   m.impl("paste_masks", TORCH_BOX(&paste_masks_cuda));
   m.impl("_paste_masks_backward", TORCH_BOX(&paste_masks_backward_cuda));
+  m.impl("paste_masks_rle", TORCH_BOX(&paste_masks_rle_cuda));
 }
 
 }  // namespace pyseg::roi

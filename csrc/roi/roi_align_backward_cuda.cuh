@@ -19,6 +19,9 @@ namespace pyseg::roi {
 constexpr int kTile = 8;           // rows and columns
 constexpr int kTileChannels = 64;  // a thread each
 constexpr int kBoxThreads = 128;
+constexpr int kBoxBlocks = 4;  // a multiprocessor, at the least: with 128 registers nothing is spilled
+template <typename T>
+constexpr int kTileBlocks = sizeof(T) == 8 ? 4 : 8;  // likewise; as many as shared memory holds on sm_80
 static_assert(kTile * kTile * (kTileChannels + 1) * 8 <= 48 * 1024, "static shared memory ends there");
 static_assert(kTileChannels == 64, "the list of boxes is two words of ballots");
 
@@ -65,7 +68,8 @@ __device__ __forceinline__ void bins_of(const Axis<A>& axis, int64_t from, int64
 
 // Grid: tiles of all levels and images x channels / 64.
 template <typename T, BoxKind kKind>
-__global__ void __launch_bounds__(kTileChannels) roi_align_grad_maps(const __grid_constant__ CudaRoiArgs a) {
+__global__ void __launch_bounds__(kTileChannels, kTileBlocks<T>)
+    roi_align_grad_maps(const __grid_constant__ CudaRoiArgs a) {
   using A = Accumulator<T>;
   constexpr bool kRotated = kKind == BoxKind::kRotated;
   __shared__ A sums[kTile * kTile][kTileChannels + 1];  // read across too
@@ -186,7 +190,7 @@ __device__ __forceinline__ void add_to_row(const Box<A>& box, A gz, A gy, A gx, 
 
 // Grid: boxes.
 template <typename T, BoxKind kKind>
-__global__ void __launch_bounds__(kBoxThreads) roi_align_grad_boxes(const __grid_constant__ CudaRoiArgs a) {
+__global__ void __launch_bounds__(kBoxThreads, kBoxBlocks) roi_align_grad_boxes(const __grid_constant__ CudaRoiArgs a) {
   using A = Accumulator<T>;
   __shared__ A rows[kMostColumns][kBoxThreads];
   const int64_t k = blockIdx.x;

@@ -15,7 +15,8 @@
 namespace pyseg::roi {
 
 constexpr int kPlanThreads = 128;
-constexpr int kForwardThreads = 256;
+constexpr int kForwardThreads = 128;
+constexpr int kForwardBlocks = 4;  // a multiprocessor, at the least: with 128 registers nothing is spilled
 constexpr int kVectorBytes = 16;
 
 template <typename A>
@@ -137,7 +138,8 @@ __device__ __forceinline__ void add_channels(const T* from, int64_t stride, bool
 
 // T: of the maps; uint8_t: masks of one channel. Out: of the output. Grid: boxes x parts of their bins and channels.
 template <typename T, typename Out, BoxKind kKind>
-__global__ void __launch_bounds__(kForwardThreads) roi_align_forward(const __grid_constant__ CudaRoiArgs a) {
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
+    roi_align_forward(const __grid_constant__ CudaRoiArgs a) {
   using A = Accumulator<T>;
   constexpr int kVector = sizeof(T) == 1 ? 1 : kVectorBytes / int(sizeof(T));
   const int64_t box_number = blockIdx.x;
