@@ -2,9 +2,9 @@
 // difference to that two runs before, five bits a character, the least first, 32 set where more follow, from '0' on.
 //
 // A block takes a mask and goes through the visible pixels of its box, a thread each, 256 at a time. Where a pixel
-// differs from the one before it in the image a run ends; ballots number the ends, whose positions meet in shared
-// memory, three of the step before among them. Each run's characters are then counted and, in the second launch, written
-// behind those of all runs before. The same pixels are computed twice instead of being kept.
+// differs from the one before it in the image a run ends; a scan numbers the ends, whose positions meet in shared
+// memory, beside the last three of the step before. Each run's characters are then counted and, in the second launch,
+// written behind those of all runs before. The same pixels are computed twice instead of being kept.
 //
 // Bytes at the least: the characters; masks are read from the caches. Deterministic. Time: O(pixels of the box) / 256
 // steps for a mask.

@@ -19,9 +19,13 @@ namespace pyseg::roi {
 constexpr int kTile = 8;           // rows and columns
 constexpr int kTileChannels = 64;  // a thread each
 constexpr int kBoxThreads = 128;
-constexpr int kBoxBlocks = 4;  // a multiprocessor, at the least: with 128 registers nothing is spilled
-template <typename T>
-constexpr int kTileBlocks = sizeof(T) == 8 ? 4 : 8;  // likewise; as many as shared memory holds on sm_80
+// Blocks of a multiprocessor at the least, so that registers suffice: three axes and double precision need more.
+template <typename T, BoxKind kKind>
+constexpr int kBoxBlocks = sizeof(T) == 8 && kKind == BoxKind::kAligned3d ? 3 : 4;
+template <typename T, BoxKind kKind>
+constexpr int kTileBlocks = sizeof(T) == 8                 ? 4
+                            : kKind == BoxKind::kAligned3d ? 6
+                                                           : 8;
 static_assert(kTile * kTile * (kTileChannels + 1) * 8 <= 48 * 1024, "static shared memory ends there");
 static_assert(kTileChannels == 64, "the list of boxes is two words of ballots");
 
@@ -68,7 +72,7 @@ __device__ __forceinline__ void bins_of(const Axis<A>& axis, int64_t from, int64
 
 // Grid: tiles of all levels and images x channels / 64.
 template <typename T, BoxKind kKind>
-__global__ void __launch_bounds__(kTileChannels, kTileBlocks<T>)
+__global__ void __launch_bounds__(kTileChannels, kTileBlocks<T, kKind>)
     roi_align_grad_maps(const __grid_constant__ CudaRoiArgs a) {
   using A = Accumulator<T>;
   constexpr bool kRotated = kKind == BoxKind::kRotated;
@@ -190,7 +194,8 @@ __device__ __forceinline__ void add_to_row(const Box<A>& box, A gz, A gy, A gx, 
 
 // Grid: boxes.
 template <typename T, BoxKind kKind>
-__global__ void __launch_bounds__(kBoxThreads, kBoxBlocks) roi_align_grad_boxes(const __grid_constant__ CudaRoiArgs a) {
+__global__ void __launch_bounds__(kBoxThreads, kBoxBlocks<T, kKind>)
+    roi_align_grad_boxes(const __grid_constant__ CudaRoiArgs a) {
   using A = Accumulator<T>;
   __shared__ A rows[kMostColumns][kBoxThreads];
   const int64_t k = blockIdx.x;

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torchvision
-from cuda_budget import cuda_budget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cuda_budget import cuda_budget
 from pyseg import reference
 from pyseg.functional import batched_nms, nms, nms_padded
 

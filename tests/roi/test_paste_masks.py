@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from cuda_budget import cuda_budget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 from torchvision.models.detection import roi_heads
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from cuda_budget import cuda_budget
 from pyseg import reference
 from pyseg.functional import crop_masks, paste_masks
 
@@ -79,9 +79,7 @@ def test_reference(device, dtype):
         assert got.dtype == dtype
         torch.testing.assert_close(got.cpu().double(), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
         if dtype in (FLOAT, DOUBLE):
-            check_all_outputs(
-                masks.to(device), boxes.to(device), (height, width), got.cpu().double(), 0.45, padding
-            )
+            check_all_outputs(masks.to(device), boxes.to(device), (height, width), got.cpu().double(), 0.45, padding)
 
 
 @pytest.mark.parametrize("size", [28, 14])
@@ -307,7 +305,7 @@ def test_invalid_boxes(device):
     for output in (paste_masks(masks, far, (5, 5)), paste_masks(masks, far, (5, 5), 0.5)):
         assert not output[0].any()
         assert output[1].any()
-    assert [run["counts"] for run in paste_masks(masks, far, (5, 5), output="rle")][0] == b"i0"
+    assert next(run["counts"] for run in paste_masks(masks, far, (5, 5), output="rle")) == b"i0"
     crops = crop_masks(masks > 0, boxes, torch.arange(2) + 1, 3)
     assert crops[0].isfinite().all()
     assert crops[1].isnan().all()

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torchvision
-from cuda_budget import cuda_budget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from roi_cases import LAYOUTS, make_boxes, make_map, on_grid
 
 import pyseg
+from cuda_budget import cuda_budget
 from pyseg import reference
 from pyseg.functional import multiscale_roi_align, roi_align
 
