@@ -85,20 +85,8 @@ std::vector<int64_t> kept_rows(const Tensor& boxes, const std::vector<int64_t>& 
 
 std::vector<int64_t> kept_of(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs,
                              double threshold) {
-  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, kNms, ": boxes must be [K, 4], got ", boxes.sizes());
-  const Ints expected{boxes.size(0)};
-  check_floats(kNms, "boxes", boxes);
-  check_floats(kNms, "scores", scores);
-  PYSEG_CHECK(sizes_of(scores) == expected, kNms, ": scores must be ", expected, ", got ", scores.sizes());
-  check_same_device(kNms, "scores", scores, boxes);
-  Tensor groups;
-  if (idxs) {
-    PYSEG_CHECK(sizes_of(*idxs) == expected && idxs->scalar_type() == ScalarType::Long, kNms, ": idxs must be ",
-                expected, " of int64, got ", idxs->sizes(), " of torch.",
-                torch::headeronly::toString(idxs->scalar_type()));
-    check_same_device(kNms, "idxs", *idxs, boxes);
-    groups = torch::stable::contiguous(*idxs);
-  }
+  check_nms(boxes, scores, idxs);
+  const Tensor groups = idxs ? torch::stable::contiguous(*idxs) : scores;
   const int64_t* group = idxs ? static_cast<const int64_t*>(groups.data_ptr()) : nullptr;
   const Tensor values = as(scores, ScalarType::Double);
   const auto order = order_of(static_cast<const double*>(values.data_ptr()), boxes.size(0));

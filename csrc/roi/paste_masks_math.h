@@ -12,14 +12,29 @@ struct PasteAxis {
   int64_t first, length, begin, end;
 };
 
-// Each operation rounds by itself, as in torch: no multiply-add may be fused here (the CPU code that calls it is
-// compiled without them).
+// A product that is not fused with what follows. (The CPU code that calls this is compiled without fused operations.)
+PYSEG_ROI_INLINE float rounded_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+PYSEG_ROI_INLINE double rounded_product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// Each operation rounds by itself, as in torch.
 template <typename A>
 PYSEG_ROI_INLINE PasteAxis paste_axis(A low, A high, int64_t mask_size, int64_t padding, int64_t image_size) {
   constexpr double kFar = double(int64_t{1} << 60);
   const A scale = A(double(mask_size + 2 * padding) / double(mask_size));
-  const A half = (high - low) * A(0.5), centre = (high + low) * A(0.5);
-  const A reach = half * scale;
+  const A half = rounded_product(high - low, A(0.5)), centre = rounded_product(high + low, A(0.5));
+  const A reach = rounded_product(half, scale);
   const double from = double(centre - reach), to = double(centre + reach);
   const int64_t first = int64_t(from < -kFar ? -kFar : from > kFar ? kFar : from);
   const int64_t last = int64_t(to < -kFar ? -kFar : to > kFar ? kFar : to);
@@ -42,7 +57,7 @@ struct PastePoint {
 template <typename A>
 PYSEG_ROI_INLINE PastePoint<A> paste_point(const PasteAxis& axis, int64_t at, int64_t size) {
   const A step = A(size) / A(axis.length);
-  A source = step * (A(at - axis.first) + A(0.5)) - A(0.5);
+  A source = rounded_product(step, A(at - axis.first) + A(0.5)) - A(0.5);
   if (source < A(0)) source = A(0);
   PastePoint<A> point;
   point.low = int64_t(source) < size - 1 ? int64_t(source) : size - 1;

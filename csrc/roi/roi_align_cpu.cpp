@@ -7,14 +7,13 @@
 #include <tuple>
 
 #include "common/cpu_capability.h"
-#include "common/memory_format.h"
 #include "roi/roi_align_cpu_kernel.h"
 #include "roi/roi_check.h"
+#include "roi/roi_maps.h"
 
 namespace pyseg::roi {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -27,29 +26,6 @@ const RoiKernelTable& roi_kernels() {
   }
 #endif
   return baseline::roi_kernels;
-}
-
-// How boxes are given their levels; without it all belong to the first.
-struct Pyramid {
-  int least, most;
-  double canonical_size, canonical_level;
-};
-
-Tensor new_maps(const Tensor& like, const Ints& size, bool last) {
-  const MemoryFormat format = !last              ? MemoryFormat::Contiguous
-                              : size.size() == 5 ? MemoryFormat::ChannelsLast3d
-                                                 : MemoryFormat::ChannelsLast;
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
-}
-
-bool is_last(const Tensor& t) { return t.dim() == 5 ? is_channels_last_3d(t) : is_channels_last(t); }
-
-// Without gaps between its elements.
-bool is_dense_last(const Tensor& t) {
-  int64_t stride = t.size(1);
-  bool dense = is_last(t) && t.stride(1) == 1;
-  for (int64_t d = t.dim() - 1; d > 1; stride *= t.size(d--)) dense = dense && t.stride(d) == stride;
-  return dense && t.stride(0) == stride;
 }
 
 // The arguments as the kernels take them, and what they point into.
@@ -198,15 +174,6 @@ Tensor roi_align(Tensor input, Tensor boxes, Ints output_size, double spatial_sc
   return forward(kAlign, "input", {input}, boxes, output_size, {spatial_scale}, sampling_ratio, aligned, mode, {});
 }
 
-Pyramid check_pyramid(const char* op, int64_t least, int64_t most, double size, double level) {
-  constexpr int64_t kMost = 64;
-  PYSEG_CHECK(least > -kMost && least <= most && most < kMost, op, ": least_level must be at most most_level, got ",
-              least, " and ", most);
-  PYSEG_CHECK(size > 0 && std::isfinite(size) && std::isfinite(level), op,
-              ": canonical_size must be positive and finite, got ", size);
-  return {int(least), int(most), size, level};
-}
-
 Tensor multiscale_roi_align(Tensors features, Tensor boxes, Ints output_size, Floats spatial_scales,
                             int64_t sampling_ratio, bool aligned, std::string mode, int64_t least_level,
                             int64_t most_level, double canonical_size, double canonical_level) {
@@ -220,37 +187,13 @@ std::tuple<Tensors, Tensor> roi_align_backward(Tensor grad, Tensors features, Te
                                                Ints channels_last, Floats spatial_scales, int64_t sampling_ratio,
                                                bool aligned, std::string mode, Floats pyramid, bool need_features,
                                                bool need_boxes) {
-  const char* op = kAlignBackward;
-  const Element type = check_floats(op, "grad", grad);
-  PYSEG_CHECK(grad.dim() == 4 || grad.dim() == 5, op, ": grad must be [K, C, *output_size], got ", grad.sizes());
-  const size_t rank = grad.dim(), levels = channels_last.size();
-  PYSEG_CHECK(levels > 0 && sizes.size() == rank * levels, op, ": sizes must have ", rank, " numbers for each of ",
-              levels, " maps, got ", sizes);
-  std::vector<Ints> each;
-  for (size_t l = 0; l < levels; ++l) {
-    each.emplace_back(sizes.begin() + l * rank, sizes.begin() + (l + 1) * rank);
-    PYSEG_CHECK(each[l][0] == each[0][0] && each[l][1] == grad.size(1), op,
-                ": sizes must have the same images and channels, got ", sizes);
-    if (features.empty()) continue;
-    PYSEG_CHECK(features.size() == levels && sizes_of(features[l]) == each[l] &&
-                    features[l].scalar_type() == grad.scalar_type(),
-                op, ": features must be of the sizes and dtype of grad's maps");
-  }
-  const BoxKind kind = check_boxes(op, boxes, grad.dim() - 2);
-  const Ints output_size(grad.sizes().begin() + 2, grad.sizes().end());
-  PYSEG_CHECK(boxes.size(0) == grad.size(0), op, ": boxes must have ", grad.size(0), " rows like grad, got ",
-              boxes.size(0));
-  const Sampling sampling = check_sampling(op, kind, output_size, sampling_ratio, aligned);
-  const bool maximum = check_mode(op, mode);
-  PYSEG_CHECK(!features.empty() || !(maximum || need_boxes), op, ": features must be given for max and for the boxes");
-  std::optional<Pyramid> levels_of;
-  if (!pyramid.empty()) {
-    PYSEG_CHECK(pyramid.size() == 4, op, ": pyramid must have no elements or 4, got ", pyramid);
-    levels_of = check_pyramid(op, int64_t(pyramid[0]), int64_t(pyramid[1]), pyramid[2], pyramid[3]);
-  }
-  Call call(op, type, each, features, boxes, spatial_scales, sampling, maximum, levels_of);
+  const BackwardArguments checked = check_backward(grad, features, boxes, sizes, channels_last.size(), sampling_ratio,
+                                                   aligned, mode, pyramid, need_boxes);
+  const std::vector<Ints>& each = checked.sizes;
+  Call call(kAlignBackward, checked.type, each, features, boxes, spatial_scales, checked.sampling, checked.maximum,
+            checked.pyramid);
   Tensors grads;
-  for (size_t l = 0; l < levels; ++l) {
+  for (size_t l = 0; l < each.size(); ++l) {
     grads.push_back(need_features ? new_maps(grad, each[l], channels_last[l] != 0)
                                   : torch::stable::new_empty(grad, {0}));
     if (!need_features || grads[l].numel() == 0) continue;
@@ -268,13 +211,7 @@ std::tuple<Tensors, Tensor> roi_align_backward(Tensor grad, Tensors features, Te
 }
 
 Tensor crop_masks(Tensor masks, Tensor boxes, Ints size, int64_t sampling_ratio, bool aligned) {
-  const auto type = masks.scalar_type();
-  PYSEG_CHECK(type == ScalarType::Bool || type == ScalarType::Byte, kCrop, ": masks must be bool or uint8, got torch.",
-              torch::headeronly::toString(type));
-  PYSEG_CHECK(masks.dim() == 3, kCrop, ": masks must be [N, H, W], got ", masks.sizes());
-  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, kCrop, ": boxes must be [K, 5], got ", boxes.sizes());
-  check_same_device(kCrop, "boxes", boxes, masks);
-  const Sampling sampling = check_sampling(kCrop, check_boxes(kCrop, boxes, 2), size, sampling_ratio, aligned);
+  const Sampling sampling = check_crop(masks, boxes, size, sampling_ratio, aligned);
   const Tensor rows = torch::stable::contiguous(masks), maps = torch::stable::unsqueeze(rows, 1);
   Tensor output = torch::stable::new_empty(masks, {boxes.size(0), size[0], size[1]}, ScalarType::Float);
   if (output.numel() == 0) return output;

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -97,6 +98,94 @@ inline Element check_maps(const char* op, const char* name, const Tensors& maps,
   }
   check_same_device(op, "boxes", boxes, maps[0]);
   return type;
+}
+
+inline Sampling check_crop(const torch::stable::Tensor& masks, const torch::stable::Tensor& boxes, const Ints& size,
+                           int64_t ratio, bool aligned) {
+  using torch::headeronly::ScalarType;
+  const auto type = masks.scalar_type();
+  PYSEG_CHECK(type == ScalarType::Bool || type == ScalarType::Byte, kCrop, ": masks must be bool or uint8, got torch.",
+              torch::headeronly::toString(type));
+  PYSEG_CHECK(masks.dim() == 3, kCrop, ": masks must be [N, H, W], got ", masks.sizes());
+  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, kCrop, ": boxes must be [K, 5], got ", boxes.sizes());
+  check_same_device(kCrop, "boxes", boxes, masks);
+  return check_sampling(kCrop, check_boxes(kCrop, boxes, 2), size, ratio, aligned);
+}
+
+// How boxes are given their levels; without it all belong to the first.
+struct Pyramid {
+  int least, most;
+  double canonical_size, canonical_level;
+};
+
+inline Pyramid check_pyramid(const char* op, int64_t least, int64_t most, double size, double level) {
+  constexpr int64_t kMost = 64;
+  PYSEG_CHECK(least > -kMost && least <= most && most < kMost, op, ": least_level must be at most most_level, got ",
+              least, " and ", most);
+  PYSEG_CHECK(size > 0 && std::isfinite(size) && std::isfinite(level), op,
+              ": canonical_size must be positive and finite, got ", size);
+  return {int(least), int(most), size, level};
+}
+
+// The arguments of _roi_align_backward, looked at.
+struct BackwardArguments {
+  Element type;
+  std::vector<Ints> sizes;  // of each map
+  BoxKind kind;
+  Sampling sampling;
+  bool maximum;
+  std::optional<Pyramid> pyramid;
+};
+
+inline BackwardArguments check_backward(const torch::stable::Tensor& grad, const Tensors& features,
+                                        const torch::stable::Tensor& boxes, const Ints& sizes, size_t levels,
+                                        int64_t sampling_ratio, bool aligned, const std::string& mode,
+                                        const Floats& pyramid, bool need_boxes) {
+  const char* op = kAlignBackward;
+  BackwardArguments checked{};
+  checked.type = check_floats(op, "grad", grad);
+  PYSEG_CHECK(grad.dim() == 4 || grad.dim() == 5, op, ": grad must be [K, C, *output_size], got ", grad.sizes());
+  const size_t rank = grad.dim();
+  PYSEG_CHECK(levels > 0 && sizes.size() == rank * levels, op, ": sizes must have ", rank, " numbers for each of ",
+              levels, " maps, got ", sizes);
+  std::vector<Ints>& each = checked.sizes;
+  for (size_t l = 0; l < levels; ++l) {
+    each.emplace_back(sizes.begin() + l * rank, sizes.begin() + (l + 1) * rank);
+    PYSEG_CHECK(each[l][0] == each[0][0] && each[l][1] == grad.size(1), op,
+                ": sizes must have the same images and channels, got ", sizes);
+    if (features.empty()) continue;
+    PYSEG_CHECK(features.size() == levels && sizes_of(features[l]) == each[l] &&
+                    features[l].scalar_type() == grad.scalar_type(),
+                op, ": features must be of the sizes and dtype of grad's maps");
+  }
+  checked.kind = check_boxes(op, boxes, grad.dim() - 2);
+  const Ints output_size(grad.sizes().begin() + 2, grad.sizes().end());
+  PYSEG_CHECK(boxes.size(0) == grad.size(0), op, ": boxes must have ", grad.size(0), " rows like grad, got ",
+              boxes.size(0));
+  checked.sampling = check_sampling(op, checked.kind, output_size, sampling_ratio, aligned);
+  checked.maximum = check_mode(op, mode);
+  PYSEG_CHECK(!features.empty() || !(checked.maximum || need_boxes), op,
+              ": features must be given for max and for the boxes");
+  if (!pyramid.empty()) {
+    PYSEG_CHECK(pyramid.size() == 4, op, ": pyramid must have no elements or 4, got ", pyramid);
+    checked.pyramid = check_pyramid(op, int64_t(pyramid[0]), int64_t(pyramid[1]), pyramid[2], pyramid[3]);
+  }
+  return checked;
+}
+
+inline void check_nms(const torch::stable::Tensor& boxes, const torch::stable::Tensor& scores,
+                      const std::optional<torch::stable::Tensor>& idxs) {
+  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, kNms, ": boxes must be [K, 4], got ", boxes.sizes());
+  const Ints expected{boxes.size(0)};
+  check_floats(kNms, "boxes", boxes);
+  check_floats(kNms, "scores", scores);
+  PYSEG_CHECK(sizes_of(scores) == expected, kNms, ": scores must be ", expected, ", got ", scores.sizes());
+  check_same_device(kNms, "scores", scores, boxes);
+  if (!idxs) return;
+  PYSEG_CHECK(sizes_of(*idxs) == expected && idxs->scalar_type() == torch::headeronly::ScalarType::Long, kNms,
+              ": idxs must be ", expected, " of int64, got ", idxs->sizes(), " of torch.",
+              torch::headeronly::toString(idxs->scalar_type()));
+  check_same_device(kNms, "idxs", *idxs, boxes);
 }
 
 // Shapes of masks [K, m_h, m_w], boxes [K, 4] and an image.

@@ -23,7 +23,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         is data: under CUDA one synchronisation; `nms_padded` has none.
 
     Raises:
-        RuntimeError: a shape or dtype that does not fit.
+        RuntimeError: a shape or dtype that does not fit; on CUDA more than 262144 boxes.
     """
     return torch.ops.pyseg.nms(boxes.detach(), scores.detach(), None, iou_threshold)
 

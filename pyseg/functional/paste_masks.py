@@ -62,7 +62,8 @@ def paste_masks(
     O(pixels of the boxes) alone. "rle" waits for a CUDA device once.
 
     Raises:
-        RuntimeError: a shape, dtype or combination that does not fit; on the CPU a box that is not finite.
+        RuntimeError: a shape, dtype or combination that does not fit; on the CPU a box that is not finite. (On CUDA
+            such boxes cover no pixel.)
     """
     op = "paste_masks"
     if output not in ("dense", "packed", "rle"):

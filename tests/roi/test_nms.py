@@ -6,6 +6,7 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cuda_budget import cuda_budget
 from pyseg import reference
 from pyseg.functional import batched_nms, nms, nms_padded
 
@@ -22,21 +23,21 @@ def make(count, classes=4, seed=0, dtype=torch.float32, cells=200.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
-def test_torchvision(roi_device, dtype, threshold):
+def test_torchvision(device, dtype, threshold):
     for count in (0, 1, 15, 16, 17, 300, 1100):
         boxes, scores, idxs = make(count, dtype=dtype, seed=count)
-        on_device = (boxes.to(roi_device), scores.to(roi_device))
+        on_device = (boxes.to(device), scores.to(device))
         expected = torchvision.ops.nms(boxes, scores, threshold)
         assert torch.equal(nms(*on_device, threshold).cpu(), expected)
         rows, number = nms_padded(*on_device, threshold)
         assert torch.equal(rows[: int(number)].cpu(), expected)
         assert (rows[int(number) :] == -1).all()
-        got = batched_nms(*on_device, idxs.to(roi_device), threshold).cpu()
+        got = batched_nms(*on_device, idxs.to(device), threshold).cpu()
         if count:  # its order of equal scores is not defined
             expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, idxs, threshold)
             assert torch.equal(got.sort().values, expected.sort().values)
             assert torch.equal(scores[got], scores[expected])
-        rows, number = nms_padded(*on_device, threshold, idxs.to(roi_device))
+        rows, number = nms_padded(*on_device, threshold, idxs.to(device))
         assert torch.equal(rows[: int(number)].cpu(), got)
 
 
@@ -55,34 +56,34 @@ def drawn(draw):
     )
 
 
-def test_drawn_cases(roi_device):
+def test_drawn_cases(device):
     @settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(drawn(), st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 1.0]))
     def run(case, threshold):
         boxes, scores, idxs = case
         # The comparison is that of a float32 overlap with the threshold as float32, as in torchvision's kernel.
-        got = nms(boxes.to(roi_device), scores.to(roi_device), threshold).cpu()
+        got = nms(boxes.to(device), scores.to(device), threshold).cpu()
         assert torch.equal(got, torchvision.ops.nms(boxes, scores, threshold))
         assert torch.equal(got, reference.nms(boxes, scores, threshold))
-        got = batched_nms(boxes.to(roi_device), scores.to(roi_device), idxs.to(roi_device), threshold).cpu()
+        got = batched_nms(boxes.to(device), scores.to(device), idxs.to(device), threshold).cpu()
         assert torch.equal(got, reference.nms(boxes, scores, threshold, idxs))
 
     run()
 
 
-def test_special_values(roi_device):
+def test_special_values(device):
     nan, inf = float("nan"), float("inf")
     rows = [[0.0, 0, 10, 10], [1, 1, 10, 10], [0, 0, nan, 10], [0, 0, inf, inf], [5, 5, 5, 5], [9, 9, 1, 1]]
     boxes = torch.tensor([*rows, [0, 0, 9, 9]])
     scores = torch.tensor([0.5, nan, 0.9, 0.8, 0.5, inf, -inf])
-    got = nms(boxes.to(roi_device), scores.to(roi_device), 0.5).cpu()
+    got = nms(boxes.to(device), scores.to(device), 0.5).cpu()
     assert torch.equal(got, torchvision.ops.nms(boxes, scores, 0.5))
 
 
-def test_16_bits(roi_device):
+def test_16_bits(device):
     """Compared in float32."""
     boxes, scores, _ = make(100, dtype=torch.float16)
-    got = nms(boxes.to(roi_device), scores.to(roi_device), 0.5).cpu()
+    got = nms(boxes.to(device), scores.to(device), 0.5).cpu()
     assert torch.equal(got, torchvision.ops.nms(boxes.float(), scores.float(), 0.5))
 
 
@@ -98,16 +99,38 @@ def test_same_rows_for_every_number_of_threads():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_opcheck(roi_device):
-    boxes, scores, idxs = (t.to(roi_device) for t in make(20))
+@pytest.mark.cuda_only
+@pytest.mark.block_orders
+@pytest.mark.sm(75, 80, 90)
+def test_many_words(device):
+    """More than one block of words, with and without classes, whatever the order of the blocks."""
+    boxes, scores, idxs = make(200, cells=400.0)
+    on_device = boxes.to(device), scores.to(device)
+    assert torch.equal(nms(*on_device, 0.4).cpu(), torchvision.ops.nms(boxes, scores, 0.4))
+    got = batched_nms(*on_device, idxs.to(device), 0.4).cpu()
+    assert torch.equal(got, reference.nms(boxes, scores, 0.4, idxs))
+
+
+@pytest.mark.cuda_only
+def test_budget(device):
+    """Half a matrix of bits, one launch each, and no more."""
+    boxes, scores, _ = (t.to(device) for t in make(256))
+    with cuda_budget("::nms_overlaps<", launches=1, min_bytes=256 * 4 * 8 // 2 + boxes.nbytes, bytes_ratio=30):
+        nms_padded(boxes, scores, 0.5)
+    with cuda_budget("::nms_reduce", launches=1):
+        nms_padded(boxes, scores, 0.5)
+
+
+def test_opcheck(device):
+    boxes, scores, idxs = (t.to(device) for t in make(20))
     for op in (torch.ops.pyseg.nms.default, torch.ops.pyseg.nms_padded.default):
         torch.library.opcheck(op, (boxes, scores, idxs, 0.5))
         torch.library.opcheck(op, (boxes, scores, None, 0.5))
 
 
-def test_compile(roi_device):
+def test_compile(device):
     """With a size that is data, and without."""
-    boxes, scores, idxs = (t.to(roi_device) for t in make(50))
+    boxes, scores, idxs = (t.to(device) for t in make(50))
 
     def function(boxes, scores, idxs):
         rows, count = nms_padded(boxes * 2, scores, 0.5, idxs)
@@ -129,6 +152,6 @@ def test_compile(roi_device):
         (lambda b, s: batched_nms(b, s, s[:2].long(), 0.5), r"idxs must be \[5\] of int64, got \[2\] of torch.Long"),
     ],
 )
-def test_errors(roi_device, call, message):
+def test_errors(device, call, message):
     with pytest.raises(RuntimeError, match=message):
-        call(torch.ones(5, 4, device=roi_device), torch.ones(5, device=roi_device))
+        call(torch.ones(5, 4, device=device), torch.ones(5, device=device))
