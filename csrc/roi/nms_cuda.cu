@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
@@ -19,8 +18,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t kMostInGrid = 65535;
 
 Tensor as(const Tensor& t, ScalarType type) { return torch::stable::contiguous(torch::stable::to(t, type)); }
 
@@ -49,19 +46,21 @@ std::tuple<Tensor, Tensor> nms_padded(Tensor boxes, Tensor scores, std::optional
   const bool wide = boxes.scalar_type() == ScalarType::Double;
   const Tensor coordinates = as(boxes, wide ? ScalarType::Double : ScalarType::Float), order = order_of(scores);
   const Tensor groups = idxs ? torch::stable::contiguous(*idxs) : rows;
+  const int64_t words = (count + kNmsWord - 1) / kNmsWord, groups_of_words = (words + kNmsGroup - 1) / kNmsGroup;
   const NmsBoxes args{.boxes = coordinates.data_ptr(),
                       .order = static_cast<const int64_t*>(order.data_ptr()),
                       .groups = idxs ? static_cast<const int64_t*>(groups.data_ptr()) : nullptr,
                       .count = count,
-                      .words = (count + kNmsWord - 1) / kNmsWord,
+                      .words = words,
+                      .pitch = groups_of_words * kNmsGroup,
                       .threshold = iou_threshold};
-  const Tensor matrix = torch::stable::new_empty(boxes, {count * args.words}, ScalarType::Long);
+  const Tensor matrix = torch::stable::new_empty(boxes, {count * args.pitch}, ScalarType::Long);
   auto* const bits = static_cast<uint64_t*>(matrix.data_ptr());
-  const auto blocks = unsigned(std::min(args.words, kMostInGrid));
+  const dim3 grid(static_cast<unsigned>(groups_of_words), static_cast<unsigned>(words));
   if (wide) {
-    nms_overlaps<double><<<dim3(blocks, blocks), kNmsWord, 0, launches.stream()>>>(args, bits);
+    nms_overlaps<double><<<grid, kNmsWord, 0, launches.stream()>>>(args, bits);
   } else {
-    nms_overlaps<float><<<dim3(blocks, blocks), kNmsWord, 0, launches.stream()>>>(args, bits);
+    nms_overlaps<float><<<grid, kNmsWord, 0, launches.stream()>>>(args, bits);
   }
   launches.check(cudaGetLastError());
   nms_reduce<<<1, kNmsThreads, 0, launches.stream()>>>(args, bits, static_cast<int64_t*>(rows.data_ptr()),

@@ -1,7 +1,8 @@
 // Greedy non-maximum suppression of boxes that are sorted by falling score.
 //
-// nms_overlaps: a block compares 64 boxes (a thread each) with 64 others behind them, whose coordinates are in shared
-// memory, and writes a word a thread: bit j says that the box removes box j. Only words on and above the diagonal.
+// nms_overlaps: a block compares 64 boxes (a thread each) with 4 * 64 others behind them, whose coordinates are in
+// shared memory, and writes four words a thread, a whole sector: bit j says that the box removes box j. Only words on
+// and above the diagonal.
 // nms_reduce: one block settles the boxes, 64 at a time: one thread goes through the word on the diagonal, then all
 // threads or the kept boxes' other words into what is removed, a bit a box in shared memory.
 //
@@ -18,8 +19,11 @@
 namespace pyseg::roi {
 
 constexpr int kNmsWord = 64;
+constexpr int kNmsGroup = 4;  // words that are written together
 constexpr int kNmsThreads = 512;
 constexpr int kMostNmsWords = 4096;
+static_assert(kMostNmsWords <= 65535, "rows of words are a grid's second axis");
+static_assert(kNmsGroup * 8 == 32, "a sector");
 static_assert(kMostNmsWords * 8 + kNmsWord * 8 <= 48 * 1024, "static shared memory ends there");
 
 struct NmsBoxes {
@@ -27,6 +31,7 @@ struct NmsBoxes {
   const int64_t* order;   // [K] rows by falling score
   const int64_t* groups;  // [K] or null: boxes of different ones do not remove each other
   int64_t count, words;   // K, and K / 64 rounded up
+  int64_t pitch;          // words of a row of the matrix: whole groups
   double threshold;
 };
 
@@ -52,42 +57,47 @@ __device__ __forceinline__ bool removes(const NmsBox<A>& i, const NmsBox<A>& j, 
   return overlap / (i.area + j.area - overlap) > threshold;
 }
 
-// Grid: parts of the words of a row x rows of words.
+// Grid: groups of words of a row x rows of words.
 template <typename A>
 __global__ void __launch_bounds__(kNmsWord)
-    nms_overlaps(const __grid_constant__ NmsBoxes a, uint64_t* __restrict__ matrix) {  // [K, words]
+    nms_overlaps(const __grid_constant__ NmsBoxes a, uint64_t* __restrict__ matrix) {  // [K, pitch]
   __shared__ NmsBox<A> others[kNmsWord];
   __shared__ int64_t other_groups[kNmsWord];
   const int t = threadIdx.x;
-  for (int64_t row_word = blockIdx.y; row_word < a.words; row_word += gridDim.y) {
-    const int64_t i = row_word * kNmsWord + t;
-    NmsBox<A> own{};
-    int64_t own_group = 0;
-    if (i < a.count) {
-      own = load_nms_box<A>(a, a.order[i]);
-      if (a.groups) own_group = a.groups[a.order[i]];
-    }
-    for (int64_t word = row_word + blockIdx.x; word < a.words; word += gridDim.x) {
-      const int64_t first = word * kNmsWord;
-      const int count = int(a.count - first < kNmsWord ? a.count - first : kNmsWord);
-      __syncthreads();
-      if (t < count) {
-        others[t] = load_nms_box<A>(a, a.order[first + t]);
-        other_groups[t] = a.groups ? a.groups[a.order[first + t]] : 0;
-      }
-      __syncthreads();
-      if (i >= a.count) continue;
-      uint64_t bits = 0;
-      for (int j = word == row_word ? t + 1 : 0; j < count; ++j)
-        if (own_group == other_groups[j] && removes(own, others[j], A(a.threshold))) bits |= uint64_t{1} << j;
-      matrix[i * a.words + word] = bits;
-    }
+  const int64_t row_word = blockIdx.y;
+  const int64_t i = row_word * kNmsWord + t;
+  NmsBox<A> own{};
+  int64_t own_group = 0;
+  if (i < a.count) {
+    own = load_nms_box<A>(a, a.order[i]);
+    if (a.groups) own_group = a.groups[a.order[i]];
   }
+  const int64_t group = row_word / kNmsGroup + blockIdx.x;
+  if (group >= a.pitch / kNmsGroup) return;
+  uint64_t bits[kNmsGroup] = {};
+#pragma unroll
+  for (int g = 0; g < kNmsGroup; ++g) {
+    const int64_t word = group * kNmsGroup + g, first = word * kNmsWord;
+    if (word < row_word || word >= a.words) continue;
+    const int count = int(a.count - first < kNmsWord ? a.count - first : kNmsWord);
+    __syncthreads();
+    if (t < count) {
+      others[t] = load_nms_box<A>(a, a.order[first + t]);
+      other_groups[t] = a.groups ? a.groups[a.order[first + t]] : 0;
+    }
+    __syncthreads();
+    for (int j = word == row_word ? t + 1 : 0; j < count; ++j)
+      if (own_group == other_groups[j] && removes(own, others[j], A(a.threshold))) bits[g] |= uint64_t{1} << j;
+  }
+  if (i >= a.count) return;
+  auto* const to = reinterpret_cast<ulonglong2*>(matrix + i * a.pitch + group * kNmsGroup);
+  to[0] = {bits[0], bits[1]};
+  to[1] = {bits[2], bits[3]};
 }
 
 // One block.
 __global__ void __launch_bounds__(kNmsThreads)
-    nms_reduce(const __grid_constant__ NmsBoxes a, const uint64_t* __restrict__ matrix,  // [K, words]
+    nms_reduce(const __grid_constant__ NmsBoxes a, const uint64_t* __restrict__ matrix,  // [K, pitch]
                int64_t* __restrict__ rows,                                               // [K], -1 behind the kept
                int64_t* __restrict__ number) {                                           // of kept rows
   __shared__ uint64_t removed[kMostNmsWords], diagonal[kNmsWord], kept_bits;
@@ -97,7 +107,7 @@ __global__ void __launch_bounds__(kNmsThreads)
   for (int64_t word = 0; word < a.words; ++word) {
     const int64_t first = word * kNmsWord;
     const int count = int(a.count - first < kNmsWord ? a.count - first : kNmsWord);
-    if (t < count) diagonal[t] = matrix[(first + t) * a.words + word];
+    if (t < count) diagonal[t] = matrix[(first + t) * a.pitch + word];
     __syncthreads();
     if (t == 0) {
       uint64_t gone = removed[word], kept = 0;
@@ -113,7 +123,7 @@ __global__ void __launch_bounds__(kNmsThreads)
     for (int64_t w = word + 1 + t; w < a.words; w += kNmsThreads) {
       uint64_t bits = removed[w];
       for (uint64_t left = kept; left != 0; left &= left - 1)
-        bits |= matrix[(first + __ffsll(int64_t(left)) - 1) * a.words + w];
+        bits |= matrix[(first + __ffsll(int64_t(left)) - 1) * a.pitch + w];
       removed[w] = bits;
     }
     if (t < count && (kept >> t & 1))

@@ -86,7 +86,7 @@ def multiscale_roi_align(
     (Lin et al. 2017, Feature Pyramid Networks, equation 1), within `levels`; features[level - levels[0]] is read.
 
     Args:
-        features: maps [N, C, H_l, W_l], finest first, of one dtype; each of any strides.
+        features: maps [N, C, H_l, W_l], finest first, of one dtype; each of any strides. At most 16 on CUDA.
         boxes: as for `roi_align`, [K, 5] or [K, 6], or a list.
         spatial_scales: size of each map over that of the image.
         levels: the first and the last level; None: -log2 of the first and the last scale.

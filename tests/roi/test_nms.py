@@ -6,7 +6,6 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cuda_budget import cuda_budget
 from pyseg import reference
 from pyseg.functional import batched_nms, nms, nms_padded
 
@@ -97,28 +96,6 @@ def test_same_rows_for_every_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.cuda_only
-@pytest.mark.block_orders
-@pytest.mark.sm(75, 80, 90)
-def test_many_words(device):
-    """More than one block of words, with and without classes, whatever the order of the blocks."""
-    boxes, scores, idxs = make(200, cells=400.0)
-    on_device = boxes.to(device), scores.to(device)
-    assert torch.equal(nms(*on_device, 0.4).cpu(), torchvision.ops.nms(boxes, scores, 0.4))
-    got = batched_nms(*on_device, idxs.to(device), 0.4).cpu()
-    assert torch.equal(got, reference.nms(boxes, scores, 0.4, idxs))
-
-
-@pytest.mark.cuda_only
-def test_budget(device):
-    """Half a matrix of bits, one launch each, and no more."""
-    boxes, scores, _ = (t.to(device) for t in make(256))
-    with cuda_budget("::nms_overlaps<", launches=1, min_bytes=256 * 4 * 8 // 2 + boxes.nbytes, bytes_ratio=30):
-        nms_padded(boxes, scores, 0.5)
-    with cuda_budget("::nms_reduce", launches=1):
-        nms_padded(boxes, scores, 0.5)
 
 
 def test_opcheck(device):
