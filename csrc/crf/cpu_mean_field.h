@@ -164,7 +164,8 @@ class MeanField {
     for (int axis = 0; axis < 3; ++axis) {
       const bool halved = grid.coarse && axis > 0;
       grid.axes[axis] = halved ? coarse_nodes(args_.axes[axis]) : args_.axes[axis];
-      grid.radius[axis] = larger<int64_t>(0, args_.radius[3 * g + axis]);
+      // Along an axis of one element only the middle tap counts, which is one.
+      grid.radius[axis] = args_.axes[axis] == 1 ? 0 : larger<int64_t>(0, args_.radius[3 * g + axis]);
     }
     grid.row_stride = up(grid.axes[2] * stride_, kLinePad) * kLinePad;
     return grid;

@@ -98,6 +98,8 @@ def check(arguments, tolerance):
         ("nothing", (3, 5), (), 0),
         ("line", (23,), ("fast",), 1),
         ("volume", (3, 4, 5), ("fast",), 1),
+        ("one plane", (1, 6, 7), ("fast",), 2),
+        ("one pixel", (1, 1, 1), (), 1),
     ],
     ids=lambda case: case[0],
 )
