@@ -14,7 +14,14 @@ from torch import Tensor
 from harness import Case, Contender, Prepared, Workload
 
 BASELINE = "pydensecrf2"
-FAMILY_NOTES: dict[str, str] = {}  # measured reasons, by the summary's row
+FAMILY_NOTES: dict[str, str] = {  # measured reasons, by the summary's row
+    "dense CRF, 21 classes": "An iteration at 500x375 takes about 10 ms of one core: splat, slice and blur 5, the grid of the "
+    "smoothness kernel 3, unaries and softmax 2. Each is bound by the instructions and loads of its rows, not by memory; "
+    "aligned rows, wider registers, prefetching and unrolling changed 3 to 10% each. Building takes 10 ms, sorting the "
+    "unaries into rows and back another 10.",
+    "dense CRF, high accuracy": "The product between vertices has about 500 entries a vertex at 500x375, which lie all over "
+    "a table larger than the cache of the core: 20 to 30 ms an iteration, and 0.3 s to find them.",
+}
 BLOCK = 16
 
 
@@ -25,14 +32,17 @@ class Problem:
     classes: int
     iterations: int
     quick: tuple[int, ...] = ()
+    level: str = "fast"
 
     @property
     def name(self) -> str:
         size = "x".join(map(str, reversed(self.shape)))
-        return f"dense_crf/{self.photo}/{size}/classes{self.classes}/iterations{self.iterations}"
+        return f"dense_crf/{self.level}/{self.photo}/{size}/classes{self.classes}/iterations{self.iterations}"
 
     @property
     def family(self) -> str:
+        if self.level != "fast":
+            return f"dense CRF, {self.level} accuracy"
         return "dense CRF, volume" if len(self.shape) == 3 else f"dense CRF, {self.classes} classes"
 
     def image(self) -> np.ndarray:
@@ -84,6 +94,8 @@ def cases() -> list[Case]:
         for shape in ((240, 320), (375, 500))
         for iterations in (5, 10)
     ]
+    problems += [Problem(photo, (240, 320), 21, 5, level="high") for photo in photos]
+    problems.append(Problem("coffee", (375, 500), 21, 10, level="high"))
     problems.append(Problem("coffee", (1500, 2000), 2, 10, quick=(2,)))
     problems.append(Problem("blobs", (32, 64, 64), 4, 5, quick=(1, 2)))
     return [_case(problem) for problem in problems]
@@ -95,12 +107,10 @@ def _case(problem: Problem) -> Case:
         contenders = [
             Contender(BASELINE, lambda: _pydensecrf(problem, image, unary)),
             Contender("MONAI", lambda: _monai(problem, image, unary)),
-            Contender("pyseg", lambda: _pyseg(problem, image, unary, "fast"), ours=True),
+            Contender("pyseg", lambda: _pyseg(problem, image, unary), ours=True),
         ]
-        if max(problem.shape) <= 500:
-            contenders.append(Contender("pyseg high", lambda: _pyseg(problem, image, unary, "high"), ours=True))
-        # The same levels in float64: what rounding does to them is far below the tolerance.
-        return Workload(contenders, lambda: Blocks(_marginals(problem, image, unary.astype(np.float64), "fast")))
+        # The same level in float64: what rounding does to it is far below the tolerance.
+        return Workload(contenders, lambda: Blocks(_marginals(problem, image, unary.astype(np.float64))))
 
     pixels = int(np.prod(problem.shape))
     channels = 1 if len(problem.shape) == 3 else 3
@@ -117,7 +127,8 @@ def _case(problem: Problem) -> Case:
         baseline=BASELINE,
         # In three dimensions pydensecrf's smoothness kernel, on a lattice too, is far from the exact one: against
         # pyseg's "high" its marginals are off by 0.05 in the mean where those of "fast" are off by 0.007.
-        tolerance=0.4 if len(problem.shape) == 3 else 0.1,
+        # In single blocks pydensecrf is as far from "high" as it is from the exact filter.
+        tolerance=0.4 if len(problem.shape) == 3 else 0.1 if problem.level == "fast" else 0.6,
         least=lambda: (0, pixels * (problem.classes * 8 + channels)),
         quick=problem.quick,
     )
@@ -164,14 +175,14 @@ def _monai(problem: Problem, image: np.ndarray, unary: np.ndarray) -> Prepared:
     return Prepared(lambda: Blocks(crf(logits, guide)))
 
 
-def _pyseg(problem: Problem, image: np.ndarray, unary: np.ndarray, accuracy: str) -> Prepared:
-    return Prepared(lambda: Blocks(_marginals(problem, image, unary, accuracy)))
+def _pyseg(problem: Problem, image: np.ndarray, unary: np.ndarray) -> Prepared:
+    return Prepared(lambda: Blocks(_marginals(problem, image, unary)))
 
 
-def _marginals(problem: Problem, image: np.ndarray, unary: np.ndarray, accuracy: str) -> Tensor:
+def _marginals(problem: Problem, image: np.ndarray, unary: np.ndarray) -> Tensor:
     from pyseg.functional import dense_crf
 
     energies = torch.from_numpy(unary)[None]
     guide = torch.from_numpy(image).movedim(-1, 0)[None]
     run: Callable[..., Tensor] = dense_crf
-    return run(energies, guide, iterations=problem.iterations, accuracy=accuracy)
+    return run(energies, guide, iterations=problem.iterations, accuracy=problem.level)
