@@ -15,12 +15,15 @@ from harness import Case, Contender, Prepared, Workload
 
 BASELINE = "pydensecrf2"
 FAMILY_NOTES: dict[str, str] = {  # measured reasons, by the summary's row
-    "dense CRF, 21 classes": "An iteration at 500x375 takes about 10 ms of one core: splat, slice and blur 5, the grid of the "
-    "smoothness kernel 3, unaries and softmax 2. Each is bound by the instructions and loads of its rows, not by memory; "
-    "aligned rows, wider registers, prefetching and unrolling changed 3 to 10% each. Building takes 10 ms, sorting the "
-    "unaries into rows and back another 10.",
-    "dense CRF, high accuracy": "The product between vertices has about 500 entries a vertex at 500x375, which lie all over "
-    "a table larger than the cache of the core: 20 to 30 ms an iteration, and 0.3 s to find them.",
+    "dense CRF, 21 classes": (
+        "An iteration at 500x375 takes about 10 ms of one core: splat, slice and blur 5, the grid of the smoothness "
+        "kernel 3, unaries and softmax 2. Aligned rows, wider registers, prefetching and unrolling changed 3 to 10% "
+        "each. Building takes 10 ms, sorting the unaries into rows and the marginals back another 10."
+    ),
+    "dense CRF, high accuracy": (
+        "The product between vertices has about 500 entries a vertex at 500x375, which lie all over a table larger "
+        "than the core's cache: 20 to 30 ms an iteration, and 0.3 s to find them."
+    ),
 }
 BLOCK = 16
 
