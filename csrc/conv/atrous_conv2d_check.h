@@ -10,19 +10,17 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/tensor_arguments.h"
 
 namespace pyseg::atrous {
 
 using OptTensor = std::optional<torch::stable::Tensor>;
-using Ints = std::vector<int64_t>;
 
 constexpr const char* kForward = "atrous_conv2d";
 constexpr const char* kBackward = "_atrous_conv2d_backward";
 constexpr const char* kPack = "_atrous_conv2d_pack";
 
 constexpr int64_t kMaxCoordinate = int64_t{1} << 29;
-
-inline Ints sizes_of(const torch::stable::Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 inline void check_dtype(const char* op, const char* name, const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;

@@ -11,11 +11,11 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/tensor_arguments.h"
 #include "crf/permutohedral_math.h"
 
 namespace pyseg::crf {
 
-using Ints = std::vector<int64_t>;
 using torch::headeronly::ScalarType;
 
 constexpr const char* kLattice = "permutohedral_lattice";
@@ -25,12 +25,6 @@ constexpr const char* kFilter = "permutohedral_filter";
 constexpr const char* kFilterBackward = "_permutohedral_filter_backward_weight";
 constexpr const char* kGaussian = "gaussian_filter";
 constexpr const char* kMeanField = "_mean_field";
-
-inline Ints sizes_of(const torch::stable::Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
-inline std::string dtype_name(const torch::stable::Tensor& t) {
-  return std::string("torch.") + torch::headeronly::toString(t.scalar_type());
-}
 
 inline bool is_floating(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
@@ -116,6 +110,23 @@ inline void check_values(const char* op, const char* name, const torch::stable::
   PYSEG_CHECK(values.dim() == 3 && values.size(0) == l.images() && values.size(2) == l.points(), op, ": ", name,
               " must be [", l.images(), ", C, ", l.points(), "], got ", values.sizes());
   check_like(op, name, values, values.scalar_type(), sizes_of(values), l.vertex);
+}
+
+// Of both directions of the filter: the type that it computes in.
+inline ScalarType check_filter(const char* op, const torch::stable::Tensor& values, const Lattice& l) {
+  check_floating(op, "values", values);
+  const ScalarType type = wide_type(values);
+  check_lattice(op, l, type);
+  check_values(op, "values", values, l);
+  return type;
+}
+
+inline ScalarType check_filter_backward(const torch::stable::Tensor& grad, const torch::stable::Tensor& values,
+                                        const Lattice& l) {
+  const ScalarType type = check_filter(kFilterBackward, values, l);
+  check_values(kFilterBackward, "grad", grad, l);
+  check_like(kFilterBackward, "grad", grad, values.scalar_type(), sizes_of(values), values);
+  return type;
 }
 
 inline void check_vertex_kernel(const torch::stable::Tensor& key, const torch::stable::Tensor& offset, double scale,

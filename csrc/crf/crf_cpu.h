@@ -5,44 +5,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/cpu_capability.h"
+#include "common/cpu_workspace.h"
 #include "crf/crf_check.h"
 #include "crf/crf_cpu_kernel.h"
 
 namespace pyseg::crf {
 
-inline const LatticeKernels& lattice_kernels() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::lattice_kernels;
-    case CpuCapability::kAvx2: return avx2::lattice_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::lattice_kernels;
-}
+inline const LatticeKernels& lattice_kernels() { return PYSEG_CPU_TABLE(lattice_kernels); }
 
-inline const CrfKernels& crf_kernels() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::crf_kernels;
-    case CpuCapability::kAvx2: return avx2::crf_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::crf_kernels;
-}
-
-// Aligned to cache lines.
-struct Workspace {
-  static constexpr int64_t kAlignment = 64;
-  Workspace(const torch::stable::Tensor& like, int64_t bytes)
-      : tensor(torch::stable::new_empty(like, {bytes + kAlignment}, ScalarType::Byte)) {
-    const auto at = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    data = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
-  }
-  torch::stable::Tensor tensor;
-  void* data;
-};
+inline const CrfKernels& crf_kernels() { return PYSEG_CPU_TABLE(crf_kernels); }
 
 // [radius + 1], of the type of `like`.
 inline torch::stable::Tensor taps_of(const torch::stable::Tensor& like, const std::vector<double>& numbers) {

@@ -61,10 +61,7 @@ Tensor permutohedral_filter(Tensor values, Tensor vertex, Tensor weight, Tensor 
                             Tensor offset, Tensor kernel_row, Tensor kernel_vertex, Tensor kernel_weight,
                             bool reverse) {
   const Lattice lattice{vertex, weight, row, entry, neighbour, offset, kernel_row, kernel_vertex, kernel_weight};
-  check_floating(kFilter, "values", values);
-  const ScalarType type = wide_type(values);
-  check_lattice(kFilter, lattice, type);
-  check_values(kFilter, "values", values, lattice);
+  const ScalarType type = check_filter(kFilter, values, lattice);
   const Tensor wide = as_type(values, type);
   const Tensor output = torch::stable::new_empty(wide, wide.sizes());
   if (output.numel() > 0) {
@@ -78,12 +75,7 @@ Tensor permutohedral_filter_backward_weight(Tensor grad, Tensor values, Tensor v
                                             Tensor entry, Tensor neighbour, Tensor offset, Tensor kernel_row,
                                             Tensor kernel_vertex, Tensor kernel_weight, bool reverse) {
   const Lattice lattice{vertex, weight, row, entry, neighbour, offset, kernel_row, kernel_vertex, kernel_weight};
-  check_floating(kFilterBackward, "values", values);
-  const ScalarType type = wide_type(values);
-  check_lattice(kFilterBackward, lattice, type);
-  check_values(kFilterBackward, "values", values, lattice);
-  check_values(kFilterBackward, "grad", grad, lattice);
-  check_like(kFilterBackward, "grad", grad, values.scalar_type(), sizes_of(values), values);
+  const ScalarType type = check_filter_backward(grad, values, lattice);
   const Tensor wide = as_type(values, type), wide_grad = as_type(grad, type);
   Tensor output = torch::stable::new_empty(wide, vertex.sizes());
   if (output.numel() == 0) return output;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/tensor_arguments.h"
 #include "distance/distance_transform_math.h"
 
 namespace pyseg::distance {
@@ -93,11 +94,9 @@ inline Element check_element(const char* op, const char* name, const torch::stab
   }
 }
 
-inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
 // [*, dims, ...]: where the components of the indices of a tensor of these sizes lie.
-inline std::vector<int64_t> index_sizes(const torch::stable::Tensor& t, int dims) {
-  std::vector<int64_t> sizes = sizes_of(t);
+inline Ints index_sizes(const torch::stable::Tensor& t, int dims) {
+  Ints sizes = sizes_of(t);
   sizes.insert(sizes.end() - dims, dims);
   return sizes;
 }

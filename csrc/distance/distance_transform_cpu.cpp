@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "common/cpu_capability.h"
+#include "common/cpu_workspace.h"
 #include "distance/distance_transform_check.h"
 #include "distance/distance_transform_cpu_kernel.h"
 
@@ -21,18 +22,6 @@ constexpr double kWorkPerElement = 8;  // in the multiply-adds that workers_for 
 Tensor new_distances(const Tensor& like, bool float64) {
   return torch::stable::new_empty(like, like.sizes(), float64 ? ScalarType::Double : ScalarType::Float);
 }
-
-// Aligned to kAlignment bytes: rows of scratch are whole cache lines.
-struct Workspace {
-  static constexpr int64_t kAlignment = 64;
-  Workspace(const Tensor& like, int64_t bytes)
-      : tensor(torch::stable::new_empty(like, {bytes + kAlignment}, ScalarType::Byte)) {
-    const auto at = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    data = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
-  }
-  Tensor tensor;
-  void* data;
-};
 
 std::tuple<Tensor, Tensor> distance_transform(Tensor input, std::vector<double> spacing, std::string mode, bool squared,
                                               bool return_indices, bool float64) {

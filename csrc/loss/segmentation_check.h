@@ -12,15 +12,13 @@
 
 #include "common/check.h"
 #include "common/element.h"
+#include "common/tensor_arguments.h"
 #include "loss/segmentation_math.h"
 
 namespace pyseg::loss {
 
 using OptTensor = std::optional<torch::stable::Tensor>;
 using OptInt = std::optional<int64_t>;
-using Ints = std::vector<int64_t>;
-
-inline Ints sizes_of(const torch::stable::Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 inline std::optional<Element> element_of(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
@@ -40,10 +38,6 @@ inline std::optional<Element> element_of(const torch::stable::Tensor& t) {
 }
 
 inline bool is_float(Element e) { return e <= Element::kBFloat16; }
-
-inline std::string dtype_name(const torch::stable::Tensor& t) {
-  return std::string("torch.") + torch::headeronly::toString(t.scalar_type());
-}
 
 inline void check_same_device(const char* op, const char* name, const torch::stable::Tensor& t,
                               const torch::stable::Tensor& logits) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/tensor_arguments.h"
 #include "metric/confusion_matrix_math.h"
 
 namespace pyseg::metric {
@@ -86,9 +87,9 @@ inline ConfusionArgs check_arguments(Tensor& prediction, Tensor& target, int64_t
       ": prediction must be logits (float32, float64, float16 or bfloat16) or labels (uint8, int8, int16, int32, "
       "int64 or bool), got torch.",
       toString(prediction.scalar_type()));
-  std::vector<int64_t> expected(target.sizes().begin(), target.sizes().end());
+  Ints expected = sizes_of(target);
   if (logits) expected.insert(expected.begin() + 1, num_classes);
-  const std::vector<int64_t> got(prediction.sizes().begin(), prediction.sizes().end());
+  const Ints got = sizes_of(prediction);
   PYSEG_CHECK(got == expected, op, ": prediction must be ", expected, logits ? " (logits)" : " (labels)", ", got ",
               got);
   PYSEG_CHECK(prediction.device() == target.device(), op, ": prediction must be on the device of target");

@@ -18,16 +18,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const NmsKernelTable& nms_kernels() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::nms_kernels;
-    case CpuCapability::kAvx2: return avx2::nms_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::nms_kernels;
-}
+const NmsKernelTable& nms_kernels() { return PYSEG_CPU_TABLE(nms_kernels); }
 
 Tensor as(const Tensor& t, ScalarType type) { return torch::stable::contiguous(torch::stable::to(t, type)); }
 

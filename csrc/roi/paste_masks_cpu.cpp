@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/cpu_capability.h"
+#include "common/cpu_workspace.h"
 #include "roi/paste_masks_cpu_kernel.h"
 #include "roi/roi_check.h"
 
@@ -17,16 +18,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const PasteKernelTable& paste_kernels() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::paste_kernels;
-    case CpuCapability::kAvx2: return avx2::paste_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::paste_kernels;
-}
+const PasteKernelTable& paste_kernels() { return PYSEG_CPU_TABLE(paste_kernels); }
 
 // The arguments as the kernels take them, and what they point into.
 class PasteCall {
@@ -59,11 +51,8 @@ class PasteCall {
     const double image = double(args.height) * double(args.width);
     Workers workers = workers_for(double(args.count) * image);
     workers.count = std::min(workers.count, args.count);
-    constexpr int64_t kAlignment = 64;
-    const Tensor scratch = torch::stable::new_empty(
-        like_, {paste_kernels().workspace(args, workers.count) + kAlignment}, ScalarType::Byte);
-    const auto at = reinterpret_cast<uintptr_t>(scratch.data_ptr());
-    f(reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment), workers);
+    const Workspace workspace(like_, paste_kernels().workspace(args, workers.count));
+    f(workspace.data, workers);
   }
 
  private:
@@ -85,18 +74,14 @@ class PasteCall {
 Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, double threshold, std::string output,
                    int64_t padding) {
   check_paste(kPaste, sizes_of(masks), boxes, height, width, padding);
-  const bool values = output == "values", packed = output == "packed";
-  PYSEG_CHECK(values || packed || output == "bool", kPaste, ": output must be values, bool or packed, got ", output);
+  const PasteOutput kind = check_paste_output(output);
   PasteCall call(kPaste, masks, sizes_of(masks), boxes, height, width, padding);
   const Tensor dense = torch::stable::contiguous(masks);
-  Tensor out = torch::stable::new_empty(masks, {masks.size(0), height, packed ? (width + 7) / 8 : width},
-                                        values   ? masks.scalar_type()
-                                        : packed ? ScalarType::Byte
-                                                 : ScalarType::Bool);
+  Tensor out = new_pasted(masks, height, width, kind);
   if (out.numel() == 0) return out;
   call.args.masks = dense.data_ptr();
   call.args.threshold = threshold;
-  call.args.output = values ? PasteOutput::kValues : packed ? PasteOutput::kPacked : PasteOutput::kBool;
+  call.args.output = kind;
   call.run([&](void* workspace, const Workers& workers) {
     paste_kernels().paste(call.args, out.data_ptr(), workspace, workers);
   });

@@ -10,15 +10,13 @@
 
 namespace pyseg {
 
-enum class PasteOutput : uint8_t { kValues, kBool, kPacked };
-
 struct PasteArgs {
   Element type;  // of the masks and of values
   int64_t count, mask_height, mask_width, padding, height, width;
   const void* masks;                     // [count, mask_height, mask_width]
   const roi::PasteAxis *rows, *columns;  // [count]
   double threshold;
-  PasteOutput output;
+  roi::PasteOutput output;
 };
 
 // The run lengths of one mask, in memory of malloc.

@@ -187,8 +187,8 @@ class Paste {
 
   int64_t row_bytes() const {
     switch (a_.output) {
-      case PasteOutput::kValues: return a_.width * int64_t(sizeof(T));
-      case PasteOutput::kBool: return a_.width;
+      case roi::PasteOutput::kValues: return a_.width * int64_t(sizeof(T));
+      case roi::PasteOutput::kBool: return a_.width;
       default: return (a_.width + 7) / 8;
     }
   }
@@ -204,8 +204,8 @@ class Paste {
     A* const values = line(worker);
     uint8_t* const above = bits(worker);
     // Bytes of a row that the box touches; what lies between two rows' is cleared in one go.
-    const int64_t unit = a_.output == PasteOutput::kValues ? int64_t(sizeof(T)) : 1;
-    const bool packed = a_.output == PasteOutput::kPacked;
+    const int64_t unit = a_.output == roi::PasteOutput::kValues ? int64_t(sizeof(T)) : 1;
+    const bool packed = a_.output == roi::PasteOutput::kPacked;
     const int64_t begin = packed ? columns.begin / 8 : columns.begin * unit;
     const int64_t end = packed ? (columns.end + 7) / 8 : columns.end * unit;
     if (packed) memset(above, 0, 8 * (end - begin));
@@ -214,7 +214,7 @@ class Paste {
       char* const to = out + y * row_bytes() + begin;
       clear(out + cleared, y * row_bytes() + begin - cleared, streamed());
       cleared = y * row_bytes() + end;
-      if (a_.output == PasteOutput::kValues) {
+      if (a_.output == roi::PasteOutput::kValues) {
         if constexpr (kSame<T, A>) {
           stretched.line(rows, y, reinterpret_cast<T*>(to));
         } else {

@@ -77,29 +77,26 @@ class CudaPasteCall {
 Tensor paste_masks_cuda(Tensor masks, Tensor boxes, int64_t height, int64_t width, double threshold, std::string output,
                         int64_t padding) {
   check_paste(kPaste, sizes_of(masks), boxes, height, width, padding);
-  const bool values = output == "values", packed = output == "packed";
-  PYSEG_CHECK(values || packed || output == "bool", kPaste, ": output must be values, bool or packed, got ", output);
+  const PasteOutput kind = check_paste_output(output);
   const CudaLaunches launches(kPaste, masks);
   CudaPasteCall call(kPaste, masks, sizes_of(masks), boxes, height, width, padding);
   const Tensor dense = torch::stable::contiguous(masks);
-  Tensor out = torch::stable::new_empty(masks, {masks.size(0), height, packed ? (width + 7) / 8 : width},
-                                        values   ? masks.scalar_type()
-                                        : packed ? ScalarType::Byte
-                                                 : ScalarType::Bool);
+  Tensor out = new_pasted(masks, height, width, kind);
   if (out.numel() == 0) return out;
   call.args.masks = dense.data_ptr();
   call.args.threshold = threshold;
   call.args.output = out.data_ptr();
   call.plan(launches);
+  const bool packed = kind == PasteOutput::kPacked;
   const int64_t bytes = out.numel() * out.element_size();
   const auto blocks = blocks_for((bytes + (packed ? 3 : 15)) / (packed ? 4 : 16));
   call.with_type([&]<typename T>() {
-    if (values) {
-      paste_masks<T, CudaPasteOutput::kValues><<<blocks, kPasteThreads, 0, launches.stream()>>>(call.args);
+    if (kind == PasteOutput::kValues) {
+      paste_masks<T, PasteOutput::kValues><<<blocks, kPasteThreads, 0, launches.stream()>>>(call.args);
     } else if (packed) {
-      paste_masks<T, CudaPasteOutput::kPacked><<<blocks, kPasteThreads, 0, launches.stream()>>>(call.args);
+      paste_masks<T, PasteOutput::kPacked><<<blocks, kPasteThreads, 0, launches.stream()>>>(call.args);
     } else {
-      paste_masks<T, CudaPasteOutput::kBool><<<blocks, kPasteThreads, 0, launches.stream()>>>(call.args);
+      paste_masks<T, PasteOutput::kBool><<<blocks, kPasteThreads, 0, launches.stream()>>>(call.args);
     }
   });
   launches.check(cudaGetLastError());

@@ -19,8 +19,6 @@ namespace pyseg::roi {
 constexpr int kPasteThreads = 256;
 constexpr int kPasteWarp = 32;
 
-enum class CudaPasteOutput { kValues, kBool, kPacked };
-
 struct CudaPaste {
   const void* boxes;  // [K, 4], double if float64, else float
   int64_t count, mask_height, mask_width, padding, height, width;
@@ -68,11 +66,11 @@ __device__ __forceinline__ A pasted(const CudaPaste& a, const T* mask, const Pas
 }
 
 // A thread for kCells cells of the output, each a value, a bool, or a byte of eight columns.
-template <typename T, CudaPasteOutput kOutput>
+template <typename T, PasteOutput kOutput>
 __global__ void __launch_bounds__(kPasteThreads) paste_masks(const __grid_constant__ CudaPaste a) {
   using A = Accumulator<T>;
-  constexpr bool kValues = kOutput == CudaPasteOutput::kValues;
-  constexpr int kColumns = kOutput == CudaPasteOutput::kPacked ? 8 : 1;  // of a cell
+  constexpr bool kValues = kOutput == PasteOutput::kValues;
+  constexpr int kColumns = kOutput == PasteOutput::kPacked ? 8 : 1;  // of a cell
   using Cell = std::conditional_t<kValues, T, uint8_t>;
   using Word = std::conditional_t<kColumns == 8, uint32_t, uint4>;
   constexpr int kCells = sizeof(Word) / sizeof(Cell);

@@ -7,6 +7,8 @@
 
 namespace pyseg::roi {
 
+enum class PasteOutput : uint8_t { kValues, kBool, kPacked };
+
 // One axis: the box covers pixels first .. first + length - 1 of the image, of which `begin` .. `end` - 1 are in it.
 struct PasteAxis {
   int64_t first, length, begin, end;

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/cpu_capability.h"
+#include "common/cpu_workspace.h"
 #include "roi/roi_align_cpu_kernel.h"
 #include "roi/roi_check.h"
 #include "roi/roi_maps.h"
@@ -17,16 +18,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const RoiKernelTable& roi_kernels() {
-#if defined(PYSEG_X86_TARGETS)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512: return avx512::roi_kernels;
-    case CpuCapability::kAvx2: return avx2::roi_kernels;
-    case CpuCapability::kBaseline: break;
-  }
-#endif
-  return baseline::roi_kernels;
-}
+const RoiKernelTable& roi_kernels() { return PYSEG_CPU_TABLE(roi_kernels); }
 
 // The arguments as the kernels take them, and what they point into.
 class Call {
@@ -87,8 +79,6 @@ class Call {
   }
 
  private:
-  static constexpr int64_t kAlignment = 64;
-
   // Sorts the boxes by level, image and place: neighbours find each other's elements in the cache.
   template <typename A>
   void arrange(const A* box, const std::optional<Pyramid>& pyramid) {
@@ -132,18 +122,14 @@ class Call {
   }
 
   // Not by many workers at once.
-  void* allocate(int64_t bytes) {
-    scratch_.push_back(torch::stable::new_empty(like_, {bytes + kAlignment}, ScalarType::Byte));
-    const auto at = reinterpret_cast<uintptr_t>(scratch_.back().data_ptr());
-    return reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
-  }
+  void* allocate(int64_t bytes) { return scratch_.emplace_back(like_, bytes).data; }
 
   const char* op_;
   Tensor like_, boxes_;
   std::vector<RoiLevel> levels_;
   std::vector<int32_t> box_level_;
   std::vector<int64_t> order_, group_;
-  Tensors scratch_;
+  std::vector<Workspace> scratch_;
 };
 
 Tensor forward(const char* op, const char* name, const Tensors& maps, const Tensor& boxes, const Ints& output_size,

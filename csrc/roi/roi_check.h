@@ -12,11 +12,12 @@
 
 #include "common/check.h"
 #include "common/element.h"
+#include "common/tensor_arguments.h"
+#include "roi/paste_masks_math.h"
 #include "roi/roi_align_math.h"
 
 namespace pyseg::roi {
 
-using Ints = std::vector<int64_t>;
 using Floats = std::vector<double>;
 using Tensors = std::vector<torch::stable::Tensor>;
 
@@ -28,8 +29,6 @@ constexpr const char* kPaste = "paste_masks";
 constexpr const char* kPasteRle = "paste_masks_rle";
 constexpr const char* kPasteBackward = "_paste_masks_backward";
 constexpr const char* kNms = "nms";
-
-inline Ints sizes_of(const torch::stable::Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 inline Element check_floats(const char* op, const char* name, const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
@@ -199,6 +198,24 @@ inline void check_paste(const char* op, const Ints& masks, const torch::stable::
   PYSEG_CHECK(height >= 0 && width >= 0 && height < kMost && width < kMost, op,
               ": image_size must not be negative, got ", height, " and ", width);
   PYSEG_CHECK(padding >= 0 && padding < kMost, op, ": padding must not be negative, got ", padding);
+}
+
+inline PasteOutput check_paste_output(const std::string& output) {
+  if (output == "values") return PasteOutput::kValues;
+  if (output == "packed") return PasteOutput::kPacked;
+  PYSEG_CHECK(output == "bool", kPaste, ": output must be values, bool or packed, got ", output);
+  return PasteOutput::kBool;
+}
+
+// [K, height, width], packed in bytes of eight columns.
+inline torch::stable::Tensor new_pasted(const torch::stable::Tensor& masks, int64_t height, int64_t width,
+                                        PasteOutput output) {
+  using torch::headeronly::ScalarType;
+  const bool packed = output == PasteOutput::kPacked;
+  const ScalarType type = output == PasteOutput::kValues ? masks.scalar_type()
+                          : packed                       ? ScalarType::Byte
+                                                         : ScalarType::Bool;
+  return torch::stable::new_empty(masks, {masks.size(0), height, packed ? (width + 7) / 8 : width}, type);
 }
 
 }  // namespace pyseg::roi
