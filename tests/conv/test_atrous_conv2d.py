@@ -1,9 +1,6 @@
 """Values of atrous_conv2d against the float64 reference, on both devices."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ from conv2d_cases import DTYPES, EXACT_BOUNDS, LAYOUTS, check, dense, depthwise,
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pyseg
+from cpu_targets import run_on_cpu_target
 from drawn import drawn_settings
 from pyseg.functional import atrous_conv2d
 
@@ -360,10 +357,4 @@ for case in DENSE[::2] + DEPTHWISE[::2] + LARGE[::4]:
     check(case, dtype=torch.float64, layout="contiguous")
     check_backward(case)
 """
-    here = Path(__file__).parent
-    folders = [str(here), str(here.parent), str(Path(pyseg.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = dict(os.environ, PYSEG_CPU_CAPABILITY=capability, PYTHONPATH=os.pathsep.join(folders))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    if "the best that this machine has" in result.stderr:
-        pytest.skip(f"cpu target: this machine cannot run {capability}")
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_cpu_target(capability, script, Path(__file__).parent)

@@ -1,13 +1,10 @@
 """The family's CPU kernels for every instruction set that this machine has, each in a process of its own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import pyseg
+from cpu_targets import run_on_cpu_target
 
 SCRIPT = """
 import torch
@@ -35,11 +32,4 @@ test_mean_field.test_same_bits_for_every_number_of_threads()
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_cpu_capability(capability):
-    here = Path(__file__).parent
-    folders = [str(here), str(here.parent), str(Path(pyseg.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = dict(os.environ, PYSEG_CPU_CAPABILITY=capability, PYTHONPATH=os.pathsep.join(folders))
-    script = SCRIPT.format(capability=capability)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    if "the best that this machine has" in result.stderr:
-        pytest.skip(f"cpu target: this machine cannot run {capability}")
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_cpu_target(capability, SCRIPT.format(capability=capability), Path(__file__).parent)

@@ -1,8 +1,5 @@
 """confusion_matrix against the reference on both devices: dtypes, layouts, labels out of range, registration."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpu_targets import run_on_cpu_target
 from drawn import drawn_settings
 from pyseg import build_info, reference
 from pyseg.functional import confusion_matrix, iou
@@ -322,14 +320,8 @@ def test_every_cpu_target(target):
     """The other instruction sets, in a process of their own."""
     if target == build_info().cpu_capability:
         return  # the rest of this file
-    program = "import sys; sys.path[:0] = ['tests', 'tests/metric']; import test_confusion_matrix; "
-    program += "test_confusion_matrix.run_all_on_cpu()"
-    environment = dict(os.environ, PYSEG_CPU_CAPABILITY=target)
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True)
-    if "the best that this machine has" in result.stderr:
-        pytest.skip(f"cpu target: this machine has no {target}")
-    assert result.returncode == 0, result.stderr
+    program = "import test_confusion_matrix; test_confusion_matrix.run_all_on_cpu()"
+    run_on_cpu_target(target, program, Path(__file__).parent)
 
 
 def run_all_on_cpu():
