@@ -11,7 +11,7 @@ import pyseg
 
 
 def run_on_cpu_target(capability: str, script: str, folder: Path) -> None:
-    """Runs `script`, which may import what the tests of `folder` can: fails where it does, skips where it cannot run."""
+    """Runs `script`, which may import what the tests of `folder` can; skips where the machine lacks the target."""
     folders = [str(folder), str(Path(__file__).parent), str(Path(pyseg.__file__).parents[1])]
     path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     environment = dict(os.environ, PYSEG_CPU_CAPABILITY=capability, PYTHONPATH=path)
