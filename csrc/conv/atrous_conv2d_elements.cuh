@@ -1,45 +1,14 @@
 // Elements of the SIMT kernels of atrous_conv2d: accumulator types, conversions, 16-byte vectors, the epilogue.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <type_traits>
+
+#include "common/element_cuda.cuh"
 
 namespace pyseg::atrous {
 
 constexpr int kVectorBytes = 16;  // the widest load and store of one thread
-
-// 16-bit types and float accumulate in float, double in double.
-template <typename T>
-struct AccumulatorOf {
-  using Type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using Type = double;
-};
-template <typename T>
-using Accumulator = typename AccumulatorOf<T>::Type;
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ __forceinline__ T narrow(Accumulator<T> x) {
-  if constexpr (sizeof(T) == 2) {
-    if constexpr (std::is_same_v<T, __half>) {
-      return __float2half_rn(x);
-    } else {
-      return __float2bfloat16_rn(x);
-    }
-  } else {
-    return x;
-  }
-}
 
 // kSize elements that travel together: one access of 8 or 16 bytes, or a single element.
 template <typename T, int kSize>

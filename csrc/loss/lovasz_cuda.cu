@@ -37,7 +37,7 @@ cudaError_t launch_normalise(const SegmentationArgs& a, void* most, void* scale,
     using T = decltype(element);
     const int64_t blocks = lovasz_blocks(a.images * a.pixels);
     lovasz_normalise_kernel<T><<<static_cast<unsigned>(blocks), kLovaszThreads, 0, stream>>>(
-        a, static_cast<Compute<T>*>(most), static_cast<Compute<T>*>(scale));
+        a, static_cast<Accumulator<T>*>(most), static_cast<Accumulator<T>*>(scale));
     return cudaGetLastError();
   });
 }

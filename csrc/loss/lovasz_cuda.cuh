@@ -23,8 +23,8 @@ using Key = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
 // A thread for each pixel of all images.
 template <typename T>
 __global__ void __launch_bounds__(kLovaszThreads)
-    lovasz_normalise_kernel(const __grid_constant__ SegmentationArgs a, Compute<T>* most, Compute<T>* scale) {
-  using A = Compute<T>;
+    lovasz_normalise_kernel(const __grid_constant__ SegmentationArgs a, Accumulator<T>* most, Accumulator<T>* scale) {
+  using A = Accumulator<T>;
   const int64_t at = int64_t{blockIdx.x} * kLovaszThreads + threadIdx.x;
   if (at >= a.images * a.pixels) return;
   const int64_t image = at / a.pixels, pixel = at - image * a.pixels;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kLovaszThreads)
 template <typename T>
 __global__ void __launch_bounds__(kLovaszThreads)
     lovasz_keys_kernel(const __grid_constant__ SegmentationArgs a, const __grid_constant__ LovaszPlane plane) {
-  using A = Compute<T>;
+  using A = Accumulator<T>;
   const int64_t i = int64_t{blockIdx.x} * kLovaszThreads + threadIdx.x;
   if (i >= plane.images * a.pixels) return;
   const int64_t image = plane.first + i / a.pixels, pixel = i % a.pixels, at = image * a.pixels + pixel;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kLovaszThreads)
 template <typename T>
 __global__ void __launch_bounds__(kLovaszThreads)
     lovasz_slopes_kernel(const __grid_constant__ SegmentationArgs a, const __grid_constant__ LovaszPlane plane) {
-  using A = Compute<T>;
+  using A = Accumulator<T>;
   __shared__ double sums[kLovaszThreads / 32];
   const int64_t elements = plane.images * a.pixels;
   const int64_t k = int64_t{blockIdx.x} * kLovaszThreads + threadIdx.x;

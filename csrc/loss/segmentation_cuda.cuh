@@ -68,7 +68,7 @@ __device__ inline Shared<A> shared_of(const SegmentationArgs& a, const Tiling& t
 // One block's place, and its view of the maps.
 template <typename T, bool kShared>
 struct Block {
-  using A = Compute<T>;
+  using A = Accumulator<T>;
   static constexpr int kVector = 16 / sizeof(T);
 
   const SegmentationArgs& a;
@@ -314,7 +314,7 @@ extern __shared__ __align__(16) unsigned char segmentation_shared[];
 template <typename T, bool kShared>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     segmentation_statistics_kernel(const __grid_constant__ SegmentationArgs a, const __grid_constant__ Tiling t) {
-  using A = Compute<T>;
+  using A = Accumulator<T>;
   Block<T, kShared> block(a, t, reinterpret_cast<A*>(segmentation_shared));
   double* partial = a.partial + blockIdx.x * (int64_t{a.classes} * kStatistics);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -403,9 +403,9 @@ static __global__ void __launch_bounds__(kThreads)
 
 // x = p dp - u - n of an element (softmax; see cpu_backward.h), or its whole gradient.
 template <typename T, bool kShared>
-__device__ __forceinline__ Compute<T> element_slope(const Block<T, kShared>& block, const Probability<Compute<T>>& x,
-                                                    int c, int pixel) {
-  using A = Compute<T>;
+__device__ __forceinline__ Accumulator<T> element_slope(const Block<T, kShared>& block,
+                                                        const Probability<Accumulator<T>>& x, int c, int pixel) {
+  using A = Accumulator<T>;
   const SegmentationArgs& a = block.a;
   const A gamma = A(a.gamma), least = A(kLeastDenominator);
   A g;
@@ -447,7 +447,7 @@ __device__ __forceinline__ Compute<T> element_slope(const Block<T, kShared>& blo
 template <typename T, bool kShared>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     segmentation_backward_kernel(const __grid_constant__ SegmentationArgs a, const __grid_constant__ Tiling t) {
-  using A = Compute<T>;
+  using A = Accumulator<T>;
   Block<T, kShared> block(a, t, reinterpret_cast<A*>(segmentation_shared));
   T* to = static_cast<T*>(a.to);
   block.load_gradients();
@@ -492,7 +492,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <typename T, bool kShared>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     segmentation_pixel_loss_kernel(const __grid_constant__ SegmentationArgs a, const __grid_constant__ Tiling t) {
-  using A = Compute<T>;
+  using A = Accumulator<T>;
   Block<T, kShared> block(a, t, reinterpret_cast<A*>(segmentation_shared));
   A* to = static_cast<A*>(a.to);
   const A gamma = A(a.gamma);

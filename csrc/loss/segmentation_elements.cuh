@@ -1,35 +1,12 @@
 // One element of a segmentation map on CUDA devices: dtypes, activations, the closed forms of segmentation_math.h.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
-#include <type_traits>
 
+#include "common/element_cuda.cuh"
 #include "loss/segmentation_cuda.h"
 
 namespace pyseg::loss {
-
-// 16-bit types and float compute in float, double in double.
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ __forceinline__ T narrow(Compute<T> x) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else {
-    return x;
-  }
-}
 
 __device__ __forceinline__ int64_t load_integer(const void* data, Element type, int64_t i) {
   switch (type) {

@@ -16,7 +16,7 @@ bool vectors_fit(const SegmentationArgs& a) {
 
 template <typename T>
 Tiling tiling_for(const SegmentationArgs& a, bool* tiles) {
-  using A = Compute<T>;
+  using A = Accumulator<T>;
   Tiling t = {};
   t.vectors = vectors_fit<T>(a);
   // Small enough for many blocks if possible, else as large as allowed.
@@ -39,7 +39,7 @@ cudaError_t launch_tiles(const SegmentationArgs& a, cudaStream_t stream, Tiled t
   const Tiling t = tiling_for<T>(a, &tiles);
   const int64_t blocks = a.images * units_of_image(a);
   if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
-  const size_t shared = shared_elements(a, t, tiles) * sizeof(Compute<T>);
+  const size_t shared = shared_elements(a, t, tiles) * sizeof(Accumulator<T>);
   if (tiles) {
     tiled<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(a, t, more...);
   } else {

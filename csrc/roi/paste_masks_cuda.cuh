@@ -104,13 +104,13 @@ __global__ void __launch_bounds__(kPasteThreads) paste_masks(const __grid_consta
       if (!inside || x0 + kColumns <= columns.begin || x0 >= columns.end) continue;
       const T* mask = static_cast<const T*>(a.masks) + k * a.mask_height * a.mask_width;
       if constexpr (kValues) {
-        cells[i] = narrowed<T>(pasted(a, mask, py, columns, x0));
+        cells[i] = narrow<T>(pasted(a, mask, py, columns, x0));
       } else {
         unsigned bits = 0;
         for (int64_t x = x0; x < x0 + kColumns; ++x) {
           bool above = false;  // compared as the masks' type, as in torch
           if (x >= columns.begin && x < columns.end)
-            above = A(widen(narrowed<T>(pasted(a, mask, py, columns, x)))) > threshold;
+            above = A(widen(narrow<T>(pasted(a, mask, py, columns, x)))) > threshold;
           bits = bits << 1 | unsigned(above);
         }
         cells[i] = uint8_t(bits);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kPasteThreads) paste_masks_backward(const __gr
       sum += weight_of(px, j + a.padding) * column;
     }
     for (int step = kPasteWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (lane == 0) static_cast<T*>(a.grad_masks)[element] = narrowed<T>(sum);
+    if (lane == 0) static_cast<T*>(a.grad_masks)[element] = narrow<T>(sum);
   }
 }
 

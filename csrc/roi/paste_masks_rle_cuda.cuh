@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kPasteThreads)
     int64_t y;
     const int64_t x = columns.begin + divide(item, height, &y);
     const PastePoint<A> py = paste_point<A>(rows, rows.begin + y, a.mask_height + 2 * a.padding);
-    return A(widen(narrowed<T>(pasted(a, mask, py, columns, x)))) > A(a.threshold);
+    return A(widen(narrow<T>(pasted(a, mask, py, columns, x)))) > A(a.threshold);
   };
 
   // 1. Where this mask's characters begin.

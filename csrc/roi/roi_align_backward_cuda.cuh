@@ -154,13 +154,13 @@ __global__ void __launch_bounds__(kTileChannels, kTileBlocks<T, kKind>)
     if (!own) return;
     for (int i = 0; i < kTile * kTile; ++i) {
       const int64_t y = y0 + i / kTile, x = x0 + i % kTile;
-      if (y < rows && x < columns) to[((z * rows + y) * columns + x) * a.channels + c] = narrowed<T>(sums[i][t]);
+      if (y < rows && x < columns) to[((z * rows + y) * columns + x) * a.channels + c] = narrow<T>(sums[i][t]);
     }
   } else {
     const int64_t y = y0 + t / kTile, x = x0 + t % kTile;
     if (y >= rows || x >= columns) return;
     for (int64_t i = 0; i < n; ++i)
-      to[(((c0 + i) * level.size[kZ] + z) * rows + y) * columns + x] = narrowed<T>(sums[t][i]);
+      to[(((c0 + i) * level.size[kZ] + z) * rows + y) * columns + x] = narrow<T>(sums[t][i]);
   }
 }
 

@@ -202,12 +202,12 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks)
     if (a.last && kVector > 1 && a.channels % kVector == 0) {
       alignas(kVectorBytes) Out values[kVector];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) values[i] = narrowed<Out>(result[i]);
+      for (int i = 0; i < kVector; ++i) values[i] = narrow<Out>(result[i]);
       *reinterpret_cast<uint4*>(output + bin * a.channels + c) = *reinterpret_cast<const uint4*>(values);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        if (i < n) output[a.last ? bin * a.channels + c + i : (c + i) * bins + bin] = narrowed<Out>(result[i]);
+        if (i < n) output[a.last ? bin * a.channels + c + i : (c + i) * bins + bin] = narrow<Out>(result[i]);
     }
   }
 }
