@@ -29,7 +29,8 @@ def forms_of(chain: Chain) -> list[type[FusedAtrousConv2d]]:
 
 def why_kernel_is_torchs(conv: nn.Conv2d) -> str:
     weight = conv.weight
-    return why_torch(weight, conv.stride, conv.groups, conv.in_channels, weight.dtype, weight.device.type)
+    padding = conv.padding if conv.padding_mode == "zeros" else (0, 0)  # other modes pad before the convolution
+    return why_torch(weight, conv.stride, padding, conv.groups, conv.in_channels, weight.dtype, weight.device.type)
 
 
 @dataclass

@@ -27,7 +27,7 @@ class AtrousConv2dPlan(NamedTuple):
 
 
 class AtrousConv2d(nn.Conv2d):
-    """torch.nn.Conv2d whose 3x3 stride-1 convolutions, dense or depthwise, run on pyseg's kernels.
+    """torch.nn.Conv2d whose 3x3 stride-1 convolutions, dense or depthwise, and dense 1x1 run on pyseg's kernels.
 
     Same arguments, attributes, parameters and state_dict as nn.Conv2d, and all other convolutions (other kernels,
     strides, groups) work too: they go to torch. `plan` says which. Formula, dtypes, errors, accuracy and determinism:
@@ -170,7 +170,7 @@ class AtrousConv2d(nn.Conv2d):
         if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
             return None
         device = weight.device.type
-        if why_torch(weight, self.stride, self.groups, self.in_channels, weight.dtype, device) or self.groups != 1:
+        if self.groups != 1 or self._why_torch(weight):
             return None
         if torch.is_grad_enabled() and weight.requires_grad:
             if not torch.compiler.is_compiling():
@@ -228,7 +228,7 @@ class AtrousConv2d(nn.Conv2d):
             expected = f"[N, {self.in_channels}, H, W] or [{self.in_channels}, H, W]"
             raise RuntimeError(f"AtrousConv2d: input_shape must be {expected}, got {list(input_shape)}")
         weight, device = self.weight, self.weight.device.type
-        reason = why_torch(weight, self.stride, self.groups, self.in_channels, weight.dtype, device)
+        reason = self._why_torch(weight)
         if reason:
             return AtrousConv2dPlan("torch", reason, {})
         batch = input_shape[0] if len(input_shape) == 4 else 1
@@ -239,6 +239,8 @@ class AtrousConv2d(nn.Conv2d):
             height, width = height + top + bottom, width + left + right
         if device == "cuda":
             return _cuda_plan(weight, self.groups)
+        if self.kernel_size == (1, 1):
+            height, width = (-(-size // step) for size, step in zip((height, width), self.stride, strict=True))
         plan = _loader._C.atrous_conv2d_plan(
             batch,
             self.in_channels,
@@ -248,6 +250,7 @@ class AtrousConv2d(nn.Conv2d):
             pad_h,
             pad_w,
             *self.dilation,
+            self.kernel_size[0],
             self.groups,
             self.exact,
         )
@@ -256,7 +259,20 @@ class AtrousConv2d(nn.Conv2d):
     def _zero_padding(self) -> tuple[int, ...]:
         if self.padding_mode != "zeros" or self.padding == "valid":
             return (0, 0)
-        return self.padding if isinstance(self.padding, tuple) else self.dilation
+        if isinstance(self.padding, tuple):
+            return self.padding
+        return self.dilation if self.kernel_size == (3, 3) else (0, 0)
+
+    def _why_torch(self, weight: Tensor) -> str:
+        return why_torch(
+            weight,
+            self.stride,
+            self._zero_padding(),
+            self.groups,
+            self.in_channels,
+            weight.dtype,
+            weight.device.type,
+        )
 
 
 def _cuda_plan(weight: Tensor, groups: int) -> AtrousConv2dPlan:
