@@ -516,7 +516,7 @@ def test_autocast(x):
         (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1)), "parametrization"),
         (lambda: nn.utils.spectral_norm(nn.Conv2d(8, 8, 3, padding=1)), "parametrization"),
         (lambda: type("Standardized", (nn.Conv2d,), {})(8, 8, 3, padding=1), "of its own kind"),
-        (lambda: nn.Conv2d(8, 8, 5, padding=2), "kernel 5x5 is not 3x3"),
+        (lambda: nn.Conv2d(8, 8, 5, padding=2), "kernel 5x5 is neither 3x3 nor 1x1"),
         (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2), "groups 2"),
         (lambda: torch.ao.nn.quantized.Conv2d(8, 8, 3), "quantized"),
     ],
