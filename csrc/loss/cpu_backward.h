@@ -25,7 +25,6 @@ class Backward : Probabilities<A> {
   using Base::normalise;
   using Base::own_;
   using Base::p_;
-  using Base::recall;
   using Base::rest_;
   using Base::scale_;
   using Base::shared_;
@@ -78,7 +77,10 @@ class Backward : Probabilities<A> {
   //   D = sum_c p_c (of_p + of_pp p_c) + h - k.
   void label_softmax_backward(void* to) {
     if (!in_.region && in_.gamma == 0 && stage_.load_log_sums(most_)) return cross_entropy_backward(to);
-    if (!recall()) softmax();
+    A* dots = p_;  // per pixel: sum_c p_c (of_p + of_pp p_c), where probabilities were recalled
+    const bool recalled = in_.region ? this->template recall<true>(of_p_, of_pp_, dots)
+                                     : this->template recall<false>(of_p_, of_pp_, dots);
+    if (!recalled) softmax();
     const int64_t padded = stage_.padded, step = stage_.step;
     const V none = broadcast<A>(stage_.limit());
     const V gamma = broadcast<A>(A(in_.gamma)), of_all_nll = broadcast<A>(total_of_nll_);
@@ -120,7 +122,9 @@ class Backward : Probabilities<A> {
         store(delta_ + i, out ? V{} : delta);
       }
     });
-    if (in_.region) {
+    if (in_.region && recalled) {
+      for (int64_t i = 0; i < padded; i += kLane) store(shared_ + i, load(shared_ + i) - load(dots + i));
+    } else if (in_.region) {
       for (int64_t i = 0; i < padded; i += 2 * kLane) {
         A* e = exps_ + i;
         const V r0 = load(scale_ + i), r1 = load(scale_ + i + kLane);

@@ -113,26 +113,34 @@ class Probabilities {
   }
 
   // What softmax() leaves, from what the forward pass has kept: probabilities for exponentials, `most_` the logarithms of
-  // the sums, the sums 1. false: nothing that serves was kept.
-  bool recall() {
+  // the sums, the sums 1. Also sum_c p_c (of_p + of_pp p_c) into `dots`, while the probabilities are in registers.
+  // false: nothing that serves was kept.
+  template <bool kDots>
+  bool recall(const A* of_p, const A* of_pp, A* dots) {
     if (!stage_.load_log_sums(most_)) return false;
     const int64_t padded = stage_.padded, step = stage_.step;
     const auto z = stage_.logits_where_they_lie();
     own_of(z);
     const V none = broadcast<A>(stage_.limit()), one = broadcast<A>(A(1));
+    if (kDots)
+      for (int64_t i = 0; i < padded; i += kLane) store(dots + i, V{});
+    const bool all = stage_.all_count();
     for (int64_t c = 0; c < in_.classes; ++c) {
       const A* from = z.first + c * z.step;
       A* e = exps_ + c * step;
-      if (stage_.all_count()) {
+      const V a = broadcast<A>(of_p[c]), b = broadcast<A>(of_pp[c]);
+      const auto each = [&](const auto& counted) {
         for (int64_t i = 0; i < padded; i += kLane) {
           __builtin_prefetch(from + step + i, 0, 3);
-          store(e + i, exp_nonpositive(load(from + i) - load(most_ + i)));
+          const V p = counted(i, exp_nonpositive(load(from + i) - load(most_ + i)));
+          store(e + i, p);
+          if constexpr (kDots) store(dots + i, load(dots + i) + p * (a + b * p));
         }
+      };
+      if (all) {
+        each([](int64_t, V p) { return p; });
       } else {
-        for (int64_t i = 0; i < padded; i += kLane) {
-          const V p = exp_nonpositive(load(from + i) - load(most_ + i));
-          store(e + i, load(stage_.label + i) == none ? V{} : p);
-        }
+        each([&](int64_t i, V p) { return load(stage_.label + i) == none ? V{} : p; });
       }
     }
     for (int64_t i = 0; i < padded; i += kLane) store(total_ + i, one);
