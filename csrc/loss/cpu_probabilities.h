@@ -103,6 +103,59 @@ class Probabilities {
     }
   }
 
+  // Keeps the logarithms of the sums for the backward pass; log_s: those after the maxima have been taken out.
+  void keep_log_sums(const A* log_s) {
+    if (in_.log_sum == nullptr) return;
+    const V none = broadcast<A>(stage_.limit());
+    for (int64_t i = 0; i < stage_.padded; i += kLane)
+      store(own_ + i, load(stage_.label + i) == none ? V{} : load(most_ + i) + load(log_s + i));
+    stage_.keep_log_sums(own_);
+  }
+
+  // What softmax() leaves, from what the forward pass has kept: probabilities for exponentials, `most_` the logarithms of
+  // the sums, the sums 1. Also sum_c p_c (of_p + of_pp p_c) into `dots`, while the probabilities are in registers.
+  // false: nothing that serves was kept.
+  template <bool kDots>
+  bool recall(const A* of_p, const A* of_pp, A* dots) {
+    if (!stage_.load_log_sums(most_)) return false;
+    const int64_t padded = stage_.padded, step = stage_.step;
+    const auto z = stage_.logits_where_they_lie();
+    own_of(z);
+    const V none = broadcast<A>(stage_.limit()), one = broadcast<A>(A(1));
+    if (kDots)
+      for (int64_t i = 0; i < padded; i += kLane) store(dots + i, V{});
+    const bool all = stage_.all_count();
+    for (int64_t c = 0; c < in_.classes; ++c) {
+      const A* from = z.first + c * z.step;
+      A* e = exps_ + c * step;
+      const V a = broadcast<A>(of_p[c]), b = broadcast<A>(of_pp[c]);
+      const auto each = [&](const auto& counted) {
+        for (int64_t i = 0; i < padded; i += kLane) {
+          __builtin_prefetch(from + step + i, 0, 3);
+          const V p = counted(i, exp_nonpositive(load(from + i) - load(most_ + i)));
+          store(e + i, p);
+          if constexpr (kDots) store(dots + i, load(dots + i) + p * (a + b * p));
+        }
+      };
+      if (all) {
+        each([](int64_t, V p) { return p; });
+      } else {
+        each([&](int64_t i, V p) { return load(stage_.label + i) == none ? V{} : p; });
+      }
+    }
+    for (int64_t i = 0; i < padded; i += kLane) store(total_ + i, one);
+    return true;
+  }
+
+  // The labels' logits, not above most_, which rounding could put them; any number for pixels that are left out.
+  void own_of(const typename Stage<A>::Rows& z) {
+    for (int64_t i = 0; i < stage_.padded; ++i) {
+      const int64_t c = stage_.index[i] < in_.classes ? stage_.index[i] : 0;
+      const A own = z.first[c * z.step + i];
+      own_[i] = own < most_[i] ? own : most_[i];
+    }
+  }
+
   // p, 1 - p and logarithms of class c into the rows; row: its exponentials and logits - max.
   void softmax_row(int64_t c) {
     const A* e = exps_ + c * stage_.step;

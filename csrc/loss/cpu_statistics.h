@@ -55,6 +55,7 @@ class Statistics : Probabilities<A> {
   using Base::elementwise_row;
   using Base::exps_;
   using Base::in_;
+  using Base::keep_log_sums;
   using Base::log_p_;
   using Base::log_rest_;
   using Base::most_;
@@ -115,6 +116,7 @@ class Statistics : Probabilities<A> {
         weights += w;
       }
     });
+    keep_log_sums(shared_);
     if (in_.classes <= kComparedClasses) {
       if (in_.region && in_.pixel) compare_labels<true, true>();
       if (in_.region && !in_.pixel) compare_labels<true, false>();
