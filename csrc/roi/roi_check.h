@@ -3,9 +3,12 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -187,6 +190,14 @@ inline void check_nms(const torch::stable::Tensor& boxes, const torch::stable::T
   check_same_device(kNms, "idxs", *idxs, boxes);
 }
 
+// The threshold for overlaps of this type of boxes: the largest float that is not above it, so that a float is above the
+// one where it is above the other, and no kernel compares in double precision.
+inline double nms_threshold(const torch::stable::Tensor& boxes, double threshold) {
+  if (boxes.scalar_type() == torch::headeronly::ScalarType::Double) return threshold;
+  const float rounded = static_cast<float>(threshold);
+  return rounded > threshold ? std::nextafter(rounded, -std::numeric_limits<float>::infinity()) : rounded;
+}
+
 // Shapes of masks [K, m_h, m_w], boxes [K, 4] and an image.
 inline void check_paste(const char* op, const Ints& masks, const torch::stable::Tensor& boxes, int64_t height,
                         int64_t width, int64_t padding) {
@@ -198,6 +209,16 @@ inline void check_paste(const char* op, const Ints& masks, const torch::stable::
   PYSEG_CHECK(height >= 0 && width >= 0 && height < kMost && width < kMost, op,
               ": image_size must not be negative, got ", height, " and ", width);
   PYSEG_CHECK(padding >= 0 && padding < kMost, op, ": padding must not be negative, got ", padding);
+}
+
+// As torch compares a tensor with a number: the number is rounded to the tensor's type first.
+inline double paste_threshold(const torch::stable::Tensor& masks, double threshold) {
+  using torch::headeronly::ScalarType;
+  switch (masks.scalar_type()) {
+    case ScalarType::Half: return float(torch::headeronly::Half(float(threshold)));
+    case ScalarType::BFloat16: return float(torch::headeronly::BFloat16(float(threshold)));
+    default: return threshold;
+  }
 }
 
 inline PasteOutput check_paste_output(const std::string& output) {

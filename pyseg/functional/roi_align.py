@@ -139,5 +139,7 @@ def _as_rows(op: str, boxes: Boxes, like: Tensor) -> Tensor:
     if len(boxes) == 0:
         return like.new_zeros((0, 5 if like.dim() == 4 else 7), dtype=torch.float32)
     rows = torch.cat(list(boxes))
-    index = torch.cat([each.new_full((each.shape[0], 1), float(image)) for image, each in enumerate(boxes)])
+    if rows.dtype in (torch.float16, torch.bfloat16):  # which cannot count the images
+        rows = rows.float()
+    index = torch.cat([rows.new_full((each.shape[0], 1), float(image)) for image, each in enumerate(boxes)])
     return torch.cat([index, rows], 1)
