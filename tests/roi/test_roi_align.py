@@ -241,6 +241,15 @@ def test_maximum_off_the_map(device):
 # ---- gradients ----
 
 
+def test_maximum_among_more_points_than_a_float_counts():
+    """The last of 4097 * 4097 is the largest: it alone gets the gradient, not the one before it too."""
+    grad, x = torch.ones(1, 1, 1, 1), torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]])
+    box = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]])
+    arguments = ([x], box, [1, 1, 2, 2], [0], [1.0], 4097, False, "max", [], True, False)
+    (dx,), _ = torch.ops.pyseg._roi_align_backward(grad, *arguments)
+    torch.testing.assert_close(dx.sum(), torch.tensor(1.0))
+
+
 def coordinates(kind, dims, aligned):
     """Away from integers, where the derivative jumps."""
     if kind == "rotated":
@@ -446,6 +455,13 @@ def test_autocast(device):
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, roi_align(x, boxes, 3))
     assert_near(got, reference.roi_align(x.cpu(), boxes.cpu(), (3, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_more_images_than_16_bits_count(device, dtype):
+    x = torch.arange(2100.0, device=device).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=dtype, device=device)
+    assert torch.equal(roi_align(x, [box] * 2100, 1, 1.0, 1)[:, 0, 0, 0], x[:, 0, 0, 0])
 
 
 def test_16_bit_coordinates_are_widened(device):
