@@ -139,6 +139,11 @@ inline void check_vertex_kernel(const torch::stable::Tensor& key, const torch::s
   check_like(kVertexKernel, "offset", offset, ScalarType::Long, sizes_of(offset), key);
   PYSEG_CHECK(scale > 0.5 && std::isfinite(scale), kVertexKernel, ": scale must be above 1/2 and finite, got ", scale);
   PYSEG_CHECK(cutoff > 0 && cutoff < 1e4, kVertexKernel, ": cutoff must be from 0 to 10000, got ", cutoff);
+  // Squared distances in units of the lattice are exact in float32 up to there.
+  constexpr double kMostSquare = 1 << 24;
+  const double reach = cutoff * scale * double(key.size(1) + 1);
+  PYSEG_CHECK(reach * reach * 2 / 3 < kMostSquare, kVertexKernel, ": scale * cutoff * (d + 1) must be below 5016, got ",
+              reach);
 }
 
 constexpr int kMostAxes = 3;
