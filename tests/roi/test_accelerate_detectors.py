@@ -13,6 +13,8 @@ from torchvision.models import detection
 from torchvision.ops import MultiScaleRoIAlign
 
 import pyseg
+from pyseg._accelerate import detection as detection_parts
+from pyseg._accelerate import measure
 
 PARTS = {"rpn": "batched_nms", "roi_heads": "batched_nms", "roi_heads.box_roi_pool": "multiscale_roi_align"}
 
@@ -148,6 +150,37 @@ def test_training():
         pyseg.restore(model)
         for got, want in zip(losses[True], losses[False], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_mask_targets_of_values_above_one():
+    """Bytes from 0 to 255 are values, not truths."""
+    boxes = torch.tensor([[5.0, 5, 60, 50], [30, 20, 90, 65]])
+    masks = torch.zeros(2, 70, 100, dtype=torch.uint8)
+    masks[0, 5:40, 5:60] = masks[1, 20:65, 40:90] = 255
+    found = {}
+    loss = detection_parts._rebound(detection.roi_heads.maskrcnn_loss, found, 4)
+    assert list(found) == ["crop_masks"]
+    logits = torch.full((2, 4, 28, 28), 0.3)
+    for values in (masks, masks // 255):
+        arguments = logits, [boxes], [values], [torch.tensor([1, 2])], [torch.arange(2)]
+        torch.testing.assert_close(loss(*arguments), detection.roi_heads.maskrcnn_loss(*arguments))
+
+
+def test_clocks_wait_for_the_device(monkeypatch):
+    """A part's time starts when earlier work is done, and ends when its own is."""
+    events = []
+
+    def clock():
+        events.append("clock")
+        return float(len(events))
+
+    monkeypatch.setattr(measure.Example, "synchronize", lambda example: events.append("wait"))
+    monkeypatch.setattr(detection_parts, "perf_counter", clock)
+    layer = torchvision.ops.RoIAlign(3, 0.5, 2)
+    pyseg.accelerate(layer, (torch.randn(1, 5, 60, 64), [rows_of_boxes()]))
+    clocks = [i for i, event in enumerate(events) if event == "clock"]
+    assert len(clocks) >= 4
+    assert all(events[i - 1] == "wait" for i in clocks)
 
 
 def test_subclass_that_calls_super():
