@@ -217,8 +217,8 @@ inline MeanFieldShape check_mean_field(const torch::stable::Tensor& unary,
   if (initial) check_like(kMeanField, "initial", *initial, unary.scalar_type(), sizes_of(unary), unary);
   PYSEG_CHECK(iterations >= 0, kMeanField, ": iterations must not be negative, got ", iterations);
   // Its reciprocal is a float32, and so should energies be that are multiplied by it.
-  PYSEG_CHECK(temperature >= 1e-30 && temperature <= 1e30, kMeanField,
-              ": temperature must be from 1e-30 to 1e30, got ", temperature);
+  PYSEG_CHECK(temperature >= 1e-30 && temperature <= 1e30, kMeanField, ": temperature must be from 1e-30 to 1e30, got ",
+              temperature);
   PYSEG_CHECK(lattices.size() % kTensorsOfLattice == 0, kMeanField, ": lattices must be ", kTensorsOfLattice,
               " tensors each, got ", lattices.size());
   PYSEG_CHECK(sigmas.size() % axes == 0, kMeanField, ": sigmas must be ", axes, " for each kernel, got ",

@@ -114,19 +114,17 @@ inline Sampling check_crop(const torch::stable::Tensor& masks, const torch::stab
   return check_sampling(kCrop, check_boxes(kCrop, boxes, 2), size, ratio, aligned);
 }
 
-// How boxes are given their levels; without it all belong to the first.
-struct Pyramid {
-  int least, most;
-  double canonical_size, canonical_level;
-};
-
-inline Pyramid check_pyramid(const char* op, int64_t least, int64_t most, double size, double level) {
+// Without a pyramid all boxes belong to the first map.
+inline Pyramid check_pyramid(const char* op, int64_t least, int64_t most, double size, double level,
+                             const Floats& epsilon) {
   constexpr int64_t kMost = 64;
   PYSEG_CHECK(least > -kMost && least <= most && most < kMost, op, ": least_level must be at most most_level, got ",
               least, " and ", most);
   PYSEG_CHECK(size > 0 && std::isfinite(size) && std::isfinite(level), op,
               ": canonical_size must be positive and finite, got ", size);
-  return {int(least), int(most), size, level};
+  PYSEG_CHECK(epsilon.size() == 2 && epsilon[0] >= 0 && std::isfinite(epsilon[0]) && std::isfinite(epsilon[1]), op,
+              ": epsilon must be two finite numbers, the first not negative, got ", epsilon);
+  return {int(least), int(most), size, level, {epsilon[0], epsilon[1]}};
 }
 
 // The arguments of _roi_align_backward, looked at.
@@ -169,8 +167,9 @@ inline BackwardArguments check_backward(const torch::stable::Tensor& grad, const
   PYSEG_CHECK(!features.empty() || !(checked.maximum || need_boxes), op,
               ": features must be given for max and for the boxes");
   if (!pyramid.empty()) {
-    PYSEG_CHECK(pyramid.size() == 4, op, ": pyramid must have no elements or 4, got ", pyramid);
-    checked.pyramid = check_pyramid(op, int64_t(pyramid[0]), int64_t(pyramid[1]), pyramid[2], pyramid[3]);
+    PYSEG_CHECK(pyramid.size() == 6, op, ": pyramid must have no elements or 6, got ", pyramid);
+    checked.pyramid =
+        check_pyramid(op, int64_t(pyramid[0]), int64_t(pyramid[1]), pyramid[2], pyramid[3], {pyramid[4], pyramid[5]});
   }
   return checked;
 }

@@ -179,6 +179,7 @@ def _pool_detectron2(original: type[nn.Module]) -> Callable[..., Tensor]:
             levels=(self.min_level, self.max_level),
             canonical_size=self.canonical_box_size,
             canonical_level=self.canonical_level,
+            epsilon=(1e-8, 0.0),
         )
 
     return forward

@@ -78,6 +78,7 @@ def _fake_multiscale(
     most_level: int,
     canonical_size: float,
     canonical_level: float,
+    epsilon: list[float],
 ) -> Tensor:
     return _fake("multiscale_roi_align", "features", features, boxes, output_size, mode)
 
@@ -143,8 +144,8 @@ def _align_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _setup_multiscale(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, boxes, _, *ctx.arguments, least, most, size, level = inputs
-    ctx.pyramid = [float(least), float(most), size, level]
+    features, boxes, _, *ctx.arguments, least, most, size, level, epsilon = inputs
+    ctx.pyramid = [float(least), float(most), size, level, *epsilon]
     _save(ctx, features, boxes, ctx.needs_input_grad[1], ctx.arguments[-1])
 
 
@@ -153,7 +154,7 @@ def _multiscale_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_any = any(need_features)
     grads, of_boxes = _gradients(ctx, grad, ctx.pyramid, need_any, need_boxes)
     of_features = [each if need else None for each, need in zip(grads, need_features, strict=True)]
-    return of_features, of_boxes if need_boxes else None, *[None] * 9
+    return of_features, of_boxes if need_boxes else None, *[None] * 10
 
 
 torch.library.register_autograd(_ALIGN, _align_backward, setup_context=_setup_align)

@@ -293,6 +293,29 @@ def test_detectron2_pooler(detectron2):
     assert [row.became for row in pyseg.report(pooler).rows] == ["roi_align", "roi_align"]
 
 
+def sizes_around_levels():
+    """Boxes whose sizes are powers of two, and some units in the last place more and less."""
+    size = torch.tensor([14.0, 28.0, 56.0, 112.0, 224.0]).repeat_interleave(41)
+    size = size * (1 + torch.arange(-20, 21).repeat(5) * 2.0**-23)
+    return torch.stack([size * 0, size * 0, size, size], 1)
+
+
+def test_levels_of_detectron2(detectron2):
+    """Its epsilon is within the logarithm, torchvision's behind it: sizes just below a power of two tell them apart."""
+    scales = [0.25, 0.125, 0.0625]
+    pooler = detectron2.ROIPooler(1, scales, 1)
+    features = [torch.full((1, 1, 64 >> i, 64 >> i), float(i)) for i in range(3)]
+    boxes = sizes_around_levels()
+    expected = pooler(features, [detectron2.Boxes(boxes)])
+    pyseg.accelerate(pooler)
+    assert torch.equal(pooler(features, [detectron2.Boxes(boxes)]), expected)
+    theirs = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2"], 1, 1)
+    arguments = {str(i): x for i, x in enumerate(features)}, [boxes], [(256, 256)]
+    other = theirs(*arguments)
+    assert not torch.equal(other, expected)
+    assert torch.equal(pyseg.accelerate(theirs)(*arguments), other)
+
+
 def test_detectron2_suppression(detectron2):
     """Through functions that call functions."""
     layers = detectron2.FastRCNNOutputLayers()

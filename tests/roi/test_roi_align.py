@@ -428,7 +428,7 @@ def test_opcheck(device, mode):
     boxes = make_boxes(3, 2, (5, 7)).to(device).requires_grad_(mode == "max")
     torch.library.opcheck(torch.ops.pyseg.roi_align.default, (x, boxes, [2, 3], 1.0, 2, True, mode))
     half = torch.randn(2, 3, 3, 4, device=device, requires_grad=True)
-    pyramid = ([x, half], boxes, [2, 3], [1.0, 0.5], 0, False, mode, 4, 5, 5.0, 4.0)
+    pyramid = ([x, half], boxes, [2, 3], [1.0, 0.5], 0, False, mode, 4, 5, 5.0, 4.0, [0.0, 1e-6])
     torch.library.opcheck(torch.ops.pyseg.multiscale_roi_align.default, pyramid)
     sizes = [2, 3, 5, 7, 2, 3, 3, 4]
     backward = (
@@ -440,7 +440,7 @@ def test_opcheck(device, mode):
         2,
         True,
         mode,
-        [4.0, 5.0, 5.0, 4.0],
+        [4.0, 5.0, 5.0, 4.0, 0.0, 1e-6],
     )
     grad = torch.randn(3, 3, 2, 3, device=device)
     torch.library.opcheck(torch.ops.pyseg._roi_align_backward.default, (grad, *backward, True, True))
@@ -513,6 +513,10 @@ def test_large_offsets():
             "features must have the same images and channels",
         ),
         (lambda x, b: multiscale_roi_align([x], b, 2, [-1.0]), "spatial_scales must be positive"),
+        (
+            lambda x, b: multiscale_roi_align([x], b, 2, [1.0], epsilon=(-1.0, 0.0)),
+            r"epsilon must be two finite numbers, the first not negative, got \[-1, 0\]",
+        ),
         (
             lambda x, b: multiscale_roi_align([x], b, 2, [1.0], levels=(5, 4)),
             "least_level must be at most most_level, got 5 and 4",
