@@ -573,10 +573,30 @@ def test_view_rules_out_channels_last(x):
     assert far(expected, model(x)) <= TOLERANCE
 
 
+def test_clocks_wait_for_the_device(monkeypatch, x):
+    """A trial starts when earlier work is done, and ends when its own is."""
+    events = []
+
+    def clock():
+        events.append("clock")
+        return float(len(events))
+
+    monkeypatch.setattr("pyseg._accelerate.measure.Example.synchronize", lambda example: events.append("wait"))
+    monkeypatch.setattr("pyseg._accelerate.measure.time.perf_counter", clock)
+    pyseg.accelerate(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)).eval(), x, rounds=1)
+    clocks = [i for i, event in enumerate(events) if event == "clock"]
+    assert len(clocks) >= 12
+    assert all(events[i - 1] == "wait" for i in clocks)
+
+
 @pytest.fixture
 def ours_is_faster(monkeypatch):
     """Every convolution's accelerated forms win their trials."""
-    monkeypatch.setattr("pyseg._accelerate.trial.interleaved_ms", lambda calls: [2.0] + [1.0] * (len(calls) - 1))
+
+    def times(calls, synchronize):
+        return [2.0] + [1.0] * (len(calls) - 1)
+
+    monkeypatch.setattr("pyseg._accelerate.trial.interleaved_ms", times)
 
 
 @pytest.mark.usefixtures("ours_is_faster")

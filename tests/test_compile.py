@@ -349,6 +349,31 @@ def test_roi_align(backend):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", ["roi_align", "atrous_conv2d"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_number_of_images_that_is_data(operator, backend):
+    """channels_last stays channels_last: inductor refuses outputs whose strides are not those that were promised."""
+
+    def function(x, keep, other):
+        rows = x[keep.nonzero()[:, 0]].contiguous(memory_format=torch.channels_last)
+        if operator == "roi_align":
+            return pyseg.functional.roi_align(rows, other, 3)
+        return atrous_conv2d(rows, other, padding=1)
+
+    fast = compiled(function, backend)
+    x = next(images("cpu", (4, 8, 9))).contiguous(memory_format=torch.channels_last)
+    for keep in ([True, False, True, True], [False, True, False, False]):
+        index = torch.arange(sum(keep))[:, None]
+        other = torch.cat([index, torch.tensor([[1.0, 2, 5, 6]]).expand(len(index), 4)], 1)
+        if operator == "atrous_conv2d":
+            other = torch.ones(6, 5, 3, 3)
+        got, expected = (f(x, torch.tensor(keep), other) for f in (fast, function))
+        torch.testing.assert_close(got, expected)
+        assert got.stride() == expected.stride()
+        assert expected.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_multiscale_roi_align_module():
     pooler = pyseg.nn.MultiScaleRoIAlign(["0", "1"], 3, 2, canonical_scale=6)
     fast = compiled(pooler, "aot_eager")

@@ -234,7 +234,7 @@ class Paste {
     clear(out + cleared, a_.height * row_bytes() - cleared, streamed());
   }
 
-  // Values are those of the masks' type before they are compared, as in torch.
+  // Values are those of the masks' type before they are compared, as in torch; so is the threshold.
   void compare(const A* values, int64_t count, uint8_t* above) const {
     const A threshold = A(a_.threshold);
     if constexpr (kSame<T, A>) {

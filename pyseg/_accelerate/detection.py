@@ -179,6 +179,7 @@ def _pool_detectron2(original: type[nn.Module]) -> Callable[..., Tensor]:
             levels=(self.min_level, self.max_level),
             canonical_size=self.canonical_box_size,
             canonical_level=self.canonical_level,
+            epsilon=(1e-8, 0.0),
         )
 
     return forward
@@ -244,7 +245,10 @@ def _paste(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _project(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def project_masks_on_boxes(gt_masks: Tensor, boxes: Tensor, matched_idxs: Tensor, M: int) -> Tensor:
-        if not _ours(boxes) or gt_masks.dtype not in (torch.bool, torch.uint8):
+        binary = gt_masks.dtype == torch.bool or (
+            gt_masks.dtype == torch.uint8 and (gt_masks.numel() == 0 or int(gt_masks.max()) <= 1)
+        )
+        if not (_ours(boxes) and binary):  # of other values torchvision interpolates the values
             return original(gt_masks, boxes, matched_idxs, M)
         return F.crop_masks(gt_masks, boxes, matched_idxs, M).to(boxes.dtype)
 
@@ -344,8 +348,10 @@ def time_parts(parts: list[Part], example: Example) -> None:
             # Methods may write into what they are given, so each call gets a copy, made before its clock starts.
             def timed(method: Callable[..., Any]) -> float:
                 positional, named = _clone(own)
+                example.synchronize()
                 start = perf_counter()
                 method(part.module, *positional, **named)
+                example.synchronize()
                 return perf_counter() - start
 
             with torch.no_grad():

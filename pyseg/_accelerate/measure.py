@@ -66,12 +66,12 @@ class Example:
             torch.manual_seed(0)
             # no_grad, not inference_mode: tensors that the model keeps for itself must still be good for training.
             with nullcontext() if self._parameters else torch.no_grad():
-                self._synchronize()
+                self.synchronize()
                 start = time.perf_counter()
                 output = self._model(*args, **kwargs)
                 if self._parameters:
                     self._backward(output)
-                self._synchronize()
+                self.synchronize()
                 return output, time.perf_counter() - start
 
     def _backward(self, output: Any) -> None:
@@ -79,7 +79,8 @@ class Example:
         if losses:
             torch.autograd.grad(torch.stack(losses).sum(), self._parameters, allow_unused=True)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Waits for the devices that the model works on."""
         for device in self._cuda:
             torch.cuda.synchronize(device)
 
@@ -102,13 +103,22 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def interleaved_ms(calls: Sequence[Callable[[], object]], rounds: int | None = None) -> list[float]:
-    """Median milliseconds of each call, the calls taking turns; they have been run once before."""
+def interleaved_ms(
+    calls: Sequence[Callable[[], object]],
+    rounds: int | None = None,
+    synchronize: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Median milliseconds of each call, the calls taking turns; they have been run once before.
+
+    A call that returns a float says itself how many seconds it took. synchronize: waits for what a call has started.
+    """
     times: list[list[float]] = [[] for _ in calls]
     while True:
         for call, taken in zip(calls, times, strict=True):
+            synchronize()
             start = time.perf_counter()
             result = call()
+            synchronize()
             taken.append(result if isinstance(result, float) else time.perf_counter() - start)
         done = len(times[0])
         enough = max(sum(taken) for taken in times) > _SECONDS_PER_FORM or done >= _MAX_ROUNDS

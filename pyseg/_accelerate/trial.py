@@ -100,7 +100,7 @@ class Stopwatch:
         calls = [functools.partial(self._step, *self._pipeline(chain, form, folds), input) for form in forms]
         expected, *outputs = [[("output", call())] for call in calls]  # also fills the caches
         differences = [difference(expected, output)[0] for output in outputs]
-        times = interleaved_ms(calls)
+        times = interleaved_ms(calls, synchronize=self._example.synchronize)
         return Timing(
             tuple(input.shape), dict(zip(forms, times, strict=True)), dict(zip(forms[1:], differences, strict=True))
         )

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from pyseg import _loader  # noqa: F401  registers the kernels
+from pyseg._ops.memory_format import is_channels_last
 
 _LIBRARY = torch.library.Library("pyseg", "FRAGMENT")  # type: ignore[no-untyped-call]
 _FORWARD = torch.ops.pyseg.atrous_conv2d.default
@@ -105,7 +105,7 @@ def _packed_shape(weight: Tensor) -> list[int]:
 
 
 def _memory_format(*tensors: Tensor) -> torch.memory_format:
-    if any(suggest_memory_format(tensor) == torch.channels_last for tensor in tensors):
+    if any(is_channels_last(tensor) for tensor in tensors):
         return torch.channels_last
     return torch.contiguous_format
 

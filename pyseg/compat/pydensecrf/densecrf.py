@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pyseg.functional.dense_crf import dense_crf
+from pyseg.functional.dense_crf import dense_crf, finite_where
 from pyseg.functional.pairwise_kernels import Bound, CrfAccuracy, FeatureKernel, GaussianKernel, Normalization
 
 Array = npt.NDArray[np.float32]
@@ -113,10 +113,9 @@ class DenseCRF:
         """
         q = self._marginals(Q).double()
         unary = self._unary.double()
-        total = torch.special.xlogy(q, q.clamp_min(1e-20)) + unary * q
+        total = torch.special.xlogy(q, q.clamp_min(1e-20)) + q * finite_where(q, unary)
         for kernel in self._kernels:
-            message = q.to(kernel.compatibility.dtype)
-            total = total + q * kernel.energy(message).double()
+            total = total + q * kernel.energy(q).double()
         return float(total.sum())
 
     def map(self, niter: int) -> npt.NDArray[np.int64]:
