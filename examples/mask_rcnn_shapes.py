@@ -13,6 +13,7 @@ on, writes a picture of some of them, and fails where AP50 of boxes or masks sta
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import sys
 import time
@@ -21,9 +22,9 @@ from pathlib import Path
 
 SIDE, BATCH = 128, 8  # pixels, images
 CLASSES = ("background", "circle", "square", "triangle")
-HELD_OUT, SHOWN = 100, 6  # images
+SHOWN = 6  # images
 LEAST_SCORE = 0.5  # of what is drawn
-HELD_OUT_SEED = 1 << 20  # far from those of the training images
+HELD_OUT = 0  # their series; training images are of those after it
 
 
 class UserError(Exception):
@@ -43,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("shapes.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--steps", type=int, default=400, help=f"of training with {BATCH} images, default %(default)s")
+    parser.add_argument("--held-out", type=int, default=100, help="images to measure on, default %(default)s")
     parser.add_argument("--least", type=float, default=0.8, help="AP50 to reach, default %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all, here %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
@@ -50,8 +52,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.steps < 1 or arguments.threads < 1:
-        raise UserError("--steps and --threads must be at least 1")
+    if min(arguments.steps, arguments.held_out, arguments.threads) < 1 or arguments.seed < 0:
+        raise UserError("--steps, --held-out and --threads must be at least 1, --seed at least 0")
     if arguments.output.suffix.lower() != ".png":
         raise UserError(f"-o must end in .png, got {arguments.output}")
     try:
@@ -67,20 +69,20 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
 
     network = mask_rcnn()
-    accelerate(network.train(), next(batches(HELD_OUT_SEED)), "one training step")
-    train(network, arguments.steps, arguments.seed)
+    accelerate(network.train(), next(batches(HELD_OUT)), "one training step")
+    train(network, arguments.steps, HELD_OUT + 1 + arguments.seed)
     taken = time.perf_counter() - started
     print(f"trained in {taken:.0f} s, {arguments.steps} steps of {BATCH} images of {SIDE}x{SIDE}")
 
-    images, targets = next(batches(HELD_OUT_SEED, HELD_OUT))
+    images, targets = next(batches(HELD_OUT, arguments.held_out))
     pyseg.restore(network).eval()
     accelerate(network, (images[:BATCH],), f"inference on {BATCH} images")
     detections = detect(network, images)
-    print(f"\n{HELD_OUT} held-out images{'AP':>8}{'AP50':>8}")
+    print(f"\n{f'{len(images)} held-out images':24}{'AP':>8}{'AP50':>8}")
     reached = []
     for kind, name in (("bbox", "boxes"), ("segm", "masks")):
         precision, precision50 = average_precision(detections, targets, kind)
-        print(f"{name:>{len(str(HELD_OUT)) + 16}}{precision:8.3f}{precision50:8.3f}")
+        print(f"{name:>24}{precision:8.3f}{precision50:8.3f}")
         reached.append(precision50)
     picture(arguments.output, images, detections)
     print(f"wrote {arguments.output}; done in {time.perf_counter() - started:.0f} s")
@@ -93,12 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
 # ---- data ----
 
 
-def draw(seed: int):
-    """An image [3, SIDE, SIDE] in 0 to 1, and its target as torchvision's detectors take it."""
+def draw(series: int, number: int):
+    """One image of a series, [3, SIDE, SIDE] in 0 to 1, and its target as torchvision's detectors take it."""
     import numpy as np
     import torch
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((series, number))
     background = rng.random(3)
     image = np.broadcast_to(background[:, None, None], (3, SIDE, SIDE)).copy()
     shapes: list[np.ndarray] = []  # whole
@@ -146,12 +148,11 @@ def box_of(mask) -> list[int]:
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
-def batches(seed: int, count: int = BATCH) -> Iterator[tuple[list, list]]:
+def batches(series: int, size: int = BATCH) -> Iterator[tuple[list, list]]:
     """Lists of images and of targets, without end."""
-    while True:
-        images, targets = zip(*(draw(seed + i) for i in range(count)), strict=True)
+    for first in itertools.count(0, size):
+        images, targets = zip(*(draw(series, first + i) for i in range(size)), strict=True)
         yield list(images), list(targets)
-        seed += count
 
 
 # ---- network ----
@@ -204,20 +205,23 @@ def accelerate(network, example: tuple, what: str) -> None:
     say("")
     report = pyseg.report(network)
     print(f"\n{what + ', ms':32}{'before':>8}{'after':>8}")
-    rows = [row for row in report.rows if row.became and row.original != "Conv2d" and "->" not in row.original]
-    for row in rows:
-        print(f"{row.name:32}{row.before_ms:8.1f}{row.after_ms:8.1f}  {row.became}")
-    print(f"{'the whole network':32}{report.before_ms:8.1f}{report.after_ms:8.1f}")
+    for row in report.rows:
+        if row.became and row.before_ms is not None and "->" not in row.original:  # that is a convolution
+            print(f"{row.name:32}{row.before_ms:8.1f}{row.after_ms:8.1f}  {row.became}")
+    if report.before_ms is not None:
+        print(f"{'the whole network':32}{report.before_ms:8.1f}{report.after_ms:8.1f}")
+    for note in report.notes:
+        print(note)
 
 
-def train(network, steps: int, seed: int) -> None:
+def train(network, steps: int, series: int) -> None:
     import torch
 
     rate = 2e-3
     optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     start, mean = time.perf_counter(), 0.0
-    for step, (images, targets) in zip(range(1, steps + 1), batches(seed * HELD_OUT_SEED * 2), strict=False):
+    for step, (images, targets) in zip(range(1, steps + 1), batches(series), strict=False):
         losses = network(images, targets)
         loss = sum(losses.values())
         optimizer.zero_grad()

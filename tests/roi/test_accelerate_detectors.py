@@ -1,9 +1,11 @@
 """pyseg.accelerate on torchvision's detectors, and on stand-ins of detectron2's and mmcv's modules."""
 
 import copy
+import importlib
 import pickle
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +168,37 @@ def test_subclass_that_calls_super():
     pyseg.accelerate(model, exact=True)
     assert_same(run(model), expected)
     assert Heads.calls == 2
+
+
+# ---- whole detectors ----
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """benchmarks/cases/detectors.py, which has them at the size of photographs."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    return importlib.import_module("cases.detectors")
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
+def test_whole_detector(whole, name):
+    """With its convolutions, too, which round in another way: detections agree one by one, and are as many."""
+    size, count = (256, 320), 20
+    model, image = whole.detector(name, *size, box_detections_per_img=count), whole.image(*size)
+    with torch.inference_mode():
+        (expected,) = model([image])
+        pyseg.accelerate(model)
+        (got,) = model([image])
+    pools = [row for row in pyseg.report(model).rows if row.original == "MultiScaleRoIAlign"]
+    assert pools
+    assert all(row.became == "multiscale_roi_align" for row in pools)
+    assert got.keys() == expected.keys()
+    assert len(got["boxes"]) == count
+    for key, value in expected.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(
+            got[key], value, rtol=0, atol=1e-4 * scale, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 # ---- stand-ins ----
