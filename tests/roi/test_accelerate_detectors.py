@@ -15,6 +15,7 @@ from torchvision.models import detection
 from torchvision.ops import MultiScaleRoIAlign
 
 import pyseg
+from pyseg._accelerate.measure import difference, tensors_in
 
 PARTS = {"rpn": "batched_nms", "roi_heads": "batched_nms", "roi_heads.box_roi_pool": "multiscale_roi_align"}
 
@@ -199,6 +200,35 @@ def test_whole_detector(whole, name):
         torch.testing.assert_close(
             got[key], value, rtol=0, atol=1e-4 * scale, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+def detections():
+    boxes, scores = rows_of_boxes(6), torch.tensor([0.9, 0.5, 0.5, 0.5, 0.3, 0.2])
+    masks = torch.rand(6, 1, 8, 9, generator=torch.Generator().manual_seed(2))
+    return {"boxes": boxes, "labels": torch.tensor([1, 2, 1, 1, 3, 2]), "scores": scores, "masks": masks}
+
+
+def far(one, other):
+    return difference(list(tensors_in([one])), list(tensors_in([other])))[0]
+
+
+def test_order_of_detections_with_equal_scores():
+    """Rounding decides it, so another order is no difference; another detection is one."""
+    expected = detections()
+    for order in ([0, 2, 3, 1, 4, 5], [0, 3, 2, 1, 4, 5]):
+        got = {name: value[order] for name, value in detections().items()}
+        got["scores"] = got["scores"] + torch.linspace(1e-7, 0, 6)
+        assert far(expected, got) < 1e-6
+        got["masks"][2] = 0
+        assert far(expected, got) > 0.1
+    got = detections()
+    got["labels"][1] = 1
+    assert far(expected, got) > 0.1
+    twice = {name: value[[0, 1, 2, 2, 4, 5]] for name, value in detections().items()}
+    assert far(expected, twice) > 0.1
+    assert far(expected, {name: value[:5] for name, value in detections().items()}) == float("inf")
+    none = {name: value[:0] for name, value in detections().items()}
+    assert far(none, none) == 0
 
 
 # ---- stand-ins ----
