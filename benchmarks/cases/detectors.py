@@ -2,7 +2,8 @@
 
 Weights are random, but scaled so that rounding stays rounding, as in a trained network: without trained batch norms the
 backbone's activations grow to hundreds, and the heads' scores would all be nearly 0 or 1. Nothing is below the score
-threshold, so there are always as many detections as a detector returns at most, 100.
+threshold, so there are always as many detections as a detector returns at most, 100. Without weights torchvision builds
+them with nn.BatchNorm2d, which accelerate folds; with weights it takes FrozenBatchNorm2d, which it does not.
 
 Results are compared with torchvision's in float32, since in float64 the masks alone take 800 MB. A part is a method of
 a module, called with what the detector calls it with. The floor of a whole detector is that of its matrix products and
