@@ -96,6 +96,8 @@ template <typename T>
 constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
+// The least multiple of `step` that is not below n >= 0.
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 }  // namespace
 }  // namespace PYSEG_TARGET

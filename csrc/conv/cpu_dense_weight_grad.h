@@ -107,8 +107,6 @@ inline void copy_to_panels(const Map<const T>& map, int64_t image, int64_t width
   }
 }
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 template <typename T>
 class DirectWeightGrad {
  public:

@@ -36,8 +36,6 @@ struct Pointee<const T*> {
   using Type = T;
 };
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 inline bool is_double(const SegmentationInput& in) { return in.logits.type == Element::kDouble; }
 inline int64_t units_of_image(const SegmentationInput& in) { return (in.pixels + kUnitPixels - 1) / kUnitPixels; }
 

@@ -162,8 +162,7 @@ class RoiBackward {
     for_each_part(workers_, (a_.channels + width - 1) / width, [&](int64_t worker, int64_t first, int64_t last) {
       const View<A> sum = group.view(sums + worker * size, width);
       for (int64_t c = first * width; c < smaller(last * width, a_.channels); c += width) {
-        const int64_t n = smaller(width, a_.channels - c),
-                      padded = (n + kTransposeBlock - 1) / kTransposeBlock * kTransposeBlock;
+        const int64_t n = smaller(width, a_.channels - c), padded = round_up(n, kTransposeBlock);
         marks.each_run(0, group.rows, [&](int64_t row, int64_t x, int64_t count, bool marked) {
           if (marked) memset(sum.data + (row * group.width + x) * width, 0, count * width * sizeof(A));
         });
@@ -224,8 +223,7 @@ class RoiBackward {
     A* const inputs = reserve(&inputs_, group.rows * group.width * width);
     const View<const A> input = group.template view<const A>(inputs, width);
     for (int64_t c = 0; c < a_.channels; c += width) {
-      const int64_t n = smaller(width, a_.channels - c),
-                    padded = (n + kTransposeBlock - 1) / kTransposeBlock * kTransposeBlock;
+      const int64_t n = smaller(width, a_.channels - c), padded = round_up(n, kTransposeBlock);
       for_each_part(workers_, group.rows, [&](int64_t, int64_t first, int64_t last) {
         gather(group, marks, first, last, c, n, inputs, width);
       });

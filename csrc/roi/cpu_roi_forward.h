@@ -169,7 +169,7 @@ class RoiForward {
   template <typename S>
   void box(const View<const S>& from, const BoxPlan<A>& plan, int64_t worker, int64_t c0, int64_t n,
            bool padded) const {
-    const int64_t computed = padded && staged_ ? (n + kTransposeBlock - 1) / kTransposeBlock * kTransposeBlock : n;
+    const int64_t computed = padded && staged_ ? round_up(n, kTransposeBlock) : n;
     A* const stage = staged_ ? stage_ + worker * stage_size() : nullptr;
     T* const out = output(plan.index);
     int64_t bin = 0;

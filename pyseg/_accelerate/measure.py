@@ -162,10 +162,11 @@ def difference(expected: Outputs, got: Outputs) -> tuple[float, str]:
     """The largest difference of two outputs, relative to each tensor's largest magnitude, and where it is.
 
     Of integer tensors (label maps) it is the share of elements that differ. Equal infinities and NaN in both are no
-    difference; another structure or shape is infinitely far.
+    difference, nor is another order of a detector's detections; another structure or shape is infinitely far.
     """
     if [path for path, _ in expected] != [path for path, _ in got]:
         return math.inf, f"tensors {[path for path, _ in expected]}, got {[path for path, _ in got]}"
+    got = _in_same_order(expected, got)
     worst, where = 0.0, ""
     for (path, a), (_, b) in zip(expected, got, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
@@ -174,6 +175,32 @@ def difference(expected: Outputs, got: Outputs) -> tuple[float, str]:
         if value > worst:
             worst, where = value, path
     return worst, where
+
+
+def _in_same_order(expected: Outputs, got: Outputs) -> Outputs:
+    """`got` with the detections of each image in the order of the expected ones.
+
+    Detectors sort them by their scores, and where scores are equal to rounding, rounding decides. Detections are the
+    tensors [K, ...] of a mapping with boxes [K, 4] and labels [K].
+    """
+    wanted, found = dict(expected), dict(got)
+    orders: dict[str, Tensor] = {}
+    for path, boxes in found.items():
+        parent = path.removesuffix("['boxes']")
+        labels, wanted_labels = (tensors.get(parent + "['labels']") for tensors in (found, wanted))
+        if parent == path or labels is None or wanted_labels is None:
+            continue
+        if not len(boxes) or not boxes.shape == wanted[path].shape == (*labels.shape, 4) == (*wanted_labels.shape, 4):
+            continue
+        distance = torch.cdist(wanted[path].double(), boxes.double(), p=1.0)
+        order = distance.masked_fill(wanted_labels[:, None] != labels, math.inf).argmin(1)
+        if len(set(order.tolist())) == len(order):
+            orders[parent] = order
+    return [(path, _taken(tensor, orders.get(path[: path.rfind("[")]))) for path, tensor in got]
+
+
+def _taken(tensor: Tensor, order: Tensor | None) -> Tensor:
+    return tensor if order is None or tensor.shape[:1] != order.shape else tensor[order]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
