@@ -76,11 +76,10 @@ class Backward : Probabilities<A> {
   //   dz_c = p_c (of_p + of_pp p_c - D) - w of_nll + [c = t] (h - w of_pos q),
   //   D = sum_c p_c (of_p + of_pp p_c) + h - k.
   void label_softmax_backward(void* to) {
-    if (!in_.region && in_.gamma == 0 && stage_.load_log_sums(most_)) return cross_entropy_backward(to);
+    if (!in_.region && stage_.load_log_sums(most_)) return pixel_backward(to);
     A* dots = p_;  // per pixel: sum_c p_c (of_p + of_pp p_c), where probabilities were recalled
-    const bool recalled = in_.region ? this->template recall<true>(of_p_, of_pp_, dots)
-                                     : this->template recall<false>(of_p_, of_pp_, dots);
-    if (!recalled) softmax();
+    const bool recalled = in_.region && this->recall(of_p_, of_pp_, dots);
+    if (!recalled && (in_.smoothing || !this->template softmax_of_labels<true>())) softmax();
     const int64_t padded = stage_.padded, step = stage_.step;
     const V none = broadcast<A>(stage_.limit());
     const V gamma = broadcast<A>(A(in_.gamma)), of_all_nll = broadcast<A>(total_of_nll_);
@@ -166,19 +165,33 @@ class Backward : Probabilities<A> {
     stage_.write_all(exps_, to, in_.logits.type);
   }
 
-  // Plain cross-entropy from the logarithms of the sums in most_: dz_c = p_c k - w of_nll - [c = t] w of_pos in one pass.
-  void cross_entropy_backward(void* to) {
+  // Without region columns, from the logarithms of the sums in most_, in one pass: dz_c = p_c (k + w sum(of_nll)) - w of_nll -
+  // [c = t] k, k = w of_pos q.
+  void pixel_backward(void* to) {
     const int64_t padded = stage_.padded, step = stage_.step;
     const auto z = stage_.logits_where_they_lie();
     const V none = broadcast<A>(stage_.limit()), of_all_nll = broadcast<A>(total_of_nll_);
+    const V gamma = broadcast<A>(A(in_.gamma));
+    const A *most = most_, *own_logit = own_;
     A* slope = log_p_;
     for (int64_t i = 0; i < padded; ++i) slope[i] = of_pos_[stage_.index[i]];
-    for (int64_t i = 0; i < padded; i += kLane) {
-      const auto out = load(stage_.label + i) == none;
-      const V w = load(stage_.weight + i), k = w * load(slope + i);
-      store(delta_ + i, out ? V{} : k);
-      store(shared_ + i, out ? V{} : in_.smoothing ? k + w * of_all_nll : k);
+    if (in_.gamma != 0) {
+      this->own_of(z);
+      this->bound_own();
     }
+    with_gamma(in_.gamma, [&](auto tag) {
+      for (int64_t i = 0; i < padded; i += kLane) {
+        const auto out = load(stage_.label + i) == none;
+        const V w = load(stage_.weight + i);
+        V k = w * load(slope + i);
+        if constexpr (tag.value != Gamma::kZero) {
+          const V log_p = load(most + i) - load(own_logit + i), p = exp_nonpositive(-log_p);
+          k = k * focal_slope<tag.value, A>(p, one_minus<A>(p, log_p), log_p, gamma);
+        }
+        store(delta_ + i, out ? V{} : k);
+        store(shared_ + i, out ? V{} : in_.smoothing ? k + w * of_all_nll : k);
+      }
+    });
     for (int64_t c = 0; c < in_.classes; ++c) {
       const A* from = z.first + c * z.step;
       A* row = stage_.row_of_result(to, in_.logits.type, c, exps_ + c * step);

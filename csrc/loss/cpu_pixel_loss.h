@@ -66,7 +66,7 @@ class PixelLoss : Probabilities<A> {
   A *of_pos_, *of_neg_, *of_nll_;
 
   void label_softmax(A total_of_nll) {
-    softmax();
+    if (in_.smoothing || !this->template softmax_of_labels<false>()) softmax();
     const V none = broadcast<A>(stage_.limit()), gamma = broadcast<A>(A(in_.gamma));
     for (int64_t i = 0; i < stage_.padded; ++i) rest_[i] = of_pos_[stage_.index[i]];
     with_gamma(in_.gamma, [&](auto tag) {

@@ -112,19 +112,48 @@ class Probabilities {
     stage_.keep_log_sums(own_);
   }
 
+  // What softmax() leaves, in one pass: `most_` are the labels' logits instead of the maxima. Exponentials are kept only
+  // where asked for. false, and nothing done: a logit is so far above the label's that its exponential leaves the range.
+  template <bool kKeep>
+  bool softmax_of_labels() {
+    constexpr int kMost = 64;
+    const int64_t padded = stage_.padded, step = stage_.step;
+    const auto z = stage_.logits_where_they_lie();
+    own_of(z);
+    for (int64_t i = 0; i < padded; i += kLane) store(total_ + i, V{});
+    V worst{};
+    for (int64_t c = 0; c < in_.classes; ++c) {
+      const A* from = z.first + c * z.step;
+      A* e = exps_ + c * step;
+      const auto each = [&](const auto& counted) {
+        for (int64_t i = 0; i < padded; i += kLane) {
+          __builtin_prefetch(from + step + i, 0, 3);
+          const V d = load(from + i) - load(own_ + i);
+          worst = worst < d ? d : worst;
+          const V v = counted(i, exp_nonpositive(d));
+          if constexpr (kKeep) store(e + i, v);
+          store(total_ + i, load(total_ + i) + v);
+        }
+      };
+      each_counted(each);
+    }
+    for (int64_t lane = 0; lane < kLane; ++lane)
+      if (worst[lane] > kMost) return false;
+    for (int64_t i = 0; i < padded; i += kLane) store(most_ + i, load(own_ + i));
+    return true;
+  }
+
   // What softmax() leaves, from what the forward pass has kept: probabilities for exponentials, `most_` the logarithms of
   // the sums, the sums 1. Also sum_c p_c (of_p + of_pp p_c) into `dots`, while the probabilities are in registers.
   // false: nothing that serves was kept.
-  template <bool kDots>
   bool recall(const A* of_p, const A* of_pp, A* dots) {
     if (!stage_.load_log_sums(most_)) return false;
     const int64_t padded = stage_.padded, step = stage_.step;
     const auto z = stage_.logits_where_they_lie();
     own_of(z);
-    const V none = broadcast<A>(stage_.limit()), one = broadcast<A>(A(1));
-    if (kDots)
-      for (int64_t i = 0; i < padded; i += kLane) store(dots + i, V{});
-    const bool all = stage_.all_count();
+    bound_own();
+    const V one = broadcast<A>(A(1));
+    for (int64_t i = 0; i < padded; i += kLane) store(dots + i, V{});
     for (int64_t c = 0; c < in_.classes; ++c) {
       const A* from = z.first + c * z.step;
       A* e = exps_ + c * step;
@@ -134,25 +163,36 @@ class Probabilities {
           __builtin_prefetch(from + step + i, 0, 3);
           const V p = counted(i, exp_nonpositive(load(from + i) - load(most_ + i)));
           store(e + i, p);
-          if constexpr (kDots) store(dots + i, load(dots + i) + p * (a + b * p));
+          store(dots + i, load(dots + i) + p * (a + b * p));
         }
       };
-      if (all) {
-        each([](int64_t, V p) { return p; });
-      } else {
-        each([&](int64_t i, V p) { return load(stage_.label + i) == none ? V{} : p; });
-      }
+      each_counted(each);
     }
     for (int64_t i = 0; i < padded; i += kLane) store(total_ + i, one);
     return true;
   }
 
-  // The labels' logits, not above most_, which rounding could put them; any number for pixels that are left out.
+  // Calls loop(counted): counted(i, v) is v where the pixels at i count, else 0.
+  template <typename F>
+  void each_counted(const F& loop) {
+    if (stage_.all_count()) return loop([](int64_t, V v) { return v; });
+    const V none = broadcast<A>(stage_.limit());
+    loop([&](int64_t i, V v) { return load(stage_.label + i) == none ? V{} : v; });
+  }
+
+  // The labels' logits; any number for pixels that are left out.
   void own_of(const typename Stage<A>::Rows& z) {
     for (int64_t i = 0; i < stage_.padded; ++i) {
       const int64_t c = stage_.index[i] < in_.classes ? stage_.index[i] : 0;
-      const A own = z.first[c * z.step + i];
-      own_[i] = own < most_[i] ? own : most_[i];
+      own_[i] = z.first[c * z.step + i];
+    }
+  }
+
+  // Rounding could put the labels' logits above the logarithms of the sums in most_.
+  void bound_own() {
+    for (int64_t i = 0; i < stage_.padded; i += kLane) {
+      const V own = load(own_ + i), most = load(most_ + i);
+      store(own_ + i, most < own ? most : own);
     }
   }
 

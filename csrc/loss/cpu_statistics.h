@@ -97,7 +97,9 @@ class Statistics : Probabilities<A> {
   UnitSums sums_;
 
   void label_softmax_statistics() {
-    softmax();
+    const bool done = !in_.smoothing && (in_.region ? this->template softmax_of_labels<true>()
+                                                    : this->template softmax_of_labels<false>());
+    if (!done) softmax();
     const int64_t padded = stage_.padded, count = stage_.count, step = stage_.step;
     const V none = broadcast<A>(stage_.limit());
     const V gamma = broadcast<A>(A(in_.gamma));

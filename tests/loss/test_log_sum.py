@@ -105,6 +105,29 @@ def test_large_sums_do_not_serve(value):
     torch.testing.assert_close(got, without, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("classes", [3, 21])
+@pytest.mark.parametrize("gap", [30.0, 63.0, 65.0, 90.0, 500.0])
+def test_labels_far_below(gap, classes):
+    """Exponentials are taken relative to the label's logit where they stay in range, else to the largest."""
+    logits, labels = make_logits((2, classes, 8, 96)), make_labels((2, classes, 8, 96), ignore=255)
+    logits[1, 1, 2] += gap
+    labels[1, 2, ::2] = 0
+    z64 = logits.double().requires_grad_()
+    for flags in ((True, False, False), (False, True, False), (True, True, False)):
+        z = logits.clone().requires_grad_()
+        arguments = (None, "softmax", 255, 0.0, *flags)
+        sums, expected = (
+            statistics(z, labels, *arguments)[0],
+            reference.segmentation_statistics(z64, labels, *arguments),
+        )
+        assert_near(sums, expected, 1e-5)
+        weights = torch.randn(sums.shape, dtype=torch.float64, generator=generator(4))
+        got, want = torch.autograd.grad(sums, z, weights)[0], torch.autograd.grad(expected, z64, weights)[0]
+        assert_near(got, want, GRAD_TOLERANCE[torch.float32])
+    loss = cross_entropy(logits, labels, None, "softmax", 255, 2.0, 0.0)[0]
+    assert_near(loss, reference.pixel_cross_entropy(logits.double(), labels, None, "softmax", 255, 2.0), 1e-5)
+
+
 def test_a_probability_of_one_has_a_gradient(device):
     """Rounding may put exp(z - L) above 1: focal factors of any exponent stay finite."""
     logits = torch.full((1, 21, 8, 64), -20.0)
