@@ -6,8 +6,8 @@ matrix is made symmetric); normalisation is symmetric by default; NO_NORMALIZATI
 taken, where pydensecrf insists on contiguous float32 and uint8; results are NumPy arrays. `addPairwiseGaussian` is a
 separable filter instead of a lattice, so marginals are a little nearer to those of the exact kernels than pydensecrf's,
 and with NO_NORMALIZATION its sums are 13% larger. Two labels or more; features have at most 8 dimensions, any number
-with accuracy="exact". Kernel types only matter to learning, which pydensecrf does not offer in Python: all give the same
-result.
+with accuracy="exact". Kernel types only matter to learning, which pydensecrf does not offer in Python: all give the
+same result.
 """
 
 from collections.abc import Sequence
