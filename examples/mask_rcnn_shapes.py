@@ -199,9 +199,9 @@ def accelerate(network, example: tuple, what: str) -> None:
     """pyseg.accelerate, and a line for each part of the detector that it changed."""
     import pyseg
 
-    # Losses are means over samples that the network draws among its own proposals: a rounding error in a score lets it
+    # Losses are means over samples that the network draws among its own proposals: a rounding error in a score may let it
     # draw others.
-    pyseg.accelerate(network, example, tolerance=5e-2 if network.training else None, progress=say)
+    pyseg.accelerate(network, example, tolerance=0.2 if network.training else None, progress=say)
     say("")
     report = pyseg.report(network)
     print(f"\n{what + ', ms':32}{'before':>8}{'after':>8}")
