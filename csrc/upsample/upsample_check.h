@@ -36,8 +36,7 @@ inline Element check_floats(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Double: return Element::kDouble;
     case ScalarType::Half: return Element::kHalf;
     case ScalarType::BFloat16: return Element::kBFloat16;
-    default:
-      throw_error(op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", dtype_name(t));
+    default: throw_error(op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", dtype_name(t));
   }
 }
 
