@@ -36,13 +36,15 @@ template <typename A>
 class PaddedRows {
  public:
   // reach: how far the taps of a chunk's rows look up and down, margin: how far to the sides.
+  PaddedRows() = default;
   PaddedRows(int64_t width, int64_t block, int64_t reach, int64_t margin, A* scratch)
       : slots_(2 * reach + chunk_rows(width, block)),
         lead_(rounded_up(margin * block, kCacheLine)),
         size_(row_size(width, block, margin)),
         storage_(scratch) {
-    memset(storage_, 0, size(width, block, reach, margin) * sizeof(A));
+    clear();
   }
+  void clear() { memset(storage_, 0, (slots_ + 1) * size_ * sizeof(A)); }
 
   static int64_t size(int64_t width, int64_t block, int64_t reach, int64_t margin) {
     return (2 * reach + chunk_rows(width, block) + 1) * row_size(width, block, margin);
@@ -66,9 +68,8 @@ class PaddedRows {
     return rounded_up(margin * block, kCacheLine) + rounded_up((width + margin) * block + kVectorSlack, kCacheLine);
   }
 
-  const int64_t slots_, lead_, size_;
-  A* const storage_;
-  int64_t first_ = 0;
+  int64_t slots_ = 0, lead_ = 0, size_ = 0, first_ = 0;
+  A* storage_ = nullptr;
 };
 
 // What all units of a call share: the filters' reach.
