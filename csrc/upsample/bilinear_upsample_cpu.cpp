@@ -9,7 +9,7 @@ namespace pyseg::upsample {
 namespace {
 
 Tensor forward(const char* op, const char* name, const Tensors& inputs, const Ints& size, bool align,
-               const Floats& factors) {
+               const std::optional<Floats>& factors) {
   const Element type = check_inputs(op, name, inputs);
   check_size(op, size);
   check_scale_factors(op, factors);
@@ -27,7 +27,7 @@ Tensor forward(const char* op, const char* name, const Tensors& inputs, const In
   return output;
 }
 
-Tensor bilinear_upsample(Tensor input, Ints size, bool align_corners, Floats scale_factors) {
+Tensor bilinear_upsample(Tensor input, Ints size, bool align_corners, std::optional<Floats> scale_factors) {
   return forward(kBilinear, "input", {input}, size, align_corners, scale_factors);
 }
 
@@ -36,7 +36,7 @@ Tensor upsample_concat(Tensors inputs, Ints size, bool align_corners) {
 }
 
 Tensors upsample_concat_backward(Tensor grad, Ints sizes, bool channels_last, bool align_corners,
-                                 Floats scale_factors) {
+                                 std::optional<Floats> scale_factors) {
   const Element type = check_floats(kConcatBackward, "grad", grad);
   const std::vector<Ints> each = check_sizes(kConcatBackward, sizes, grad);
   check_scale_factors(kConcatBackward, scale_factors);

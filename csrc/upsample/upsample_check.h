@@ -78,9 +78,9 @@ inline Element check_inputs(const char* op, const char* name, const Tensors& inp
   return type;
 }
 
-inline void check_scale_factors(const char* op, const Floats& factors) {
-  PYSEG_CHECK(factors.empty() || (factors.size() == 2 && factors[0] > 0 && factors[1] > 0), op,
-              ": scale_factors must be nothing or two positive numbers, got ", factors);
+inline void check_scale_factors(const char* op, const std::optional<Floats>& factors) {
+  PYSEG_CHECK(!factors || (factors->size() == 2 && (*factors)[0] > 0 && (*factors)[1] > 0), op,
+              ": scale_factors must be None or two positive numbers, got ", *factors);
 }
 
 inline Ints check_dilations(const char* op, const Ints& dilations) {

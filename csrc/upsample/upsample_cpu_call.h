@@ -17,7 +17,7 @@ class CpuCall {
 
   // sizes: [N, C_i, H_i, W_i] of each map.
   CpuCall(Element type, const std::vector<Ints>& sizes, int64_t height, int64_t width, bool last, bool align,
-          const Floats& factors)
+          const std::optional<Floats>& factors)
       : maps_(sizes.size()) {
     args.type = type;
     args.images = sizes[0][0];
@@ -35,8 +35,8 @@ class CpuCall {
       map.width = sizes[l][3];
       map.first_channel = args.channels;
       args.channels += map.channels;
-      map.rows = taps(map.height, height, align, factors.empty() ? 0 : factors[0], &map.copied_rows);
-      map.columns = taps(map.width, width, align, factors.empty() ? 0 : factors[1], &map.copied_columns);
+      map.rows = taps(map.height, height, align, factors ? (*factors)[0] : 0, &map.copied_rows);
+      map.columns = taps(map.width, width, align, factors ? (*factors)[1] : 0, &map.copied_columns);
     }
   }
   CpuCall(const CpuCall&) = delete;

@@ -61,12 +61,12 @@ def flat_sizes(inputs: list[Tensor]) -> list[Any]:
     return [size for each in inputs for size in each.shape]
 
 
-def _check_scale_factors(op: str, factors: list[float]) -> None:
-    valid = len(factors) in (0, 2) and all(factor > 0 for factor in factors)
-    check(op, valid, f"scale_factors must be nothing or two positive numbers, got {list(factors)}")
+def _check_scale_factors(op: str, factors: list[float] | None) -> None:
+    valid = factors is None or (len(factors) == 2 and min(factors) > 0)
+    check(op, valid, f"scale_factors must be None or two positive numbers, got {factors}")
 
 
-def _fake_bilinear(input: Tensor, size: list[int], align_corners: bool, scale_factors: list[float]) -> Tensor:
+def _fake_bilinear(input: Tensor, size: list[int], align_corners: bool, scale_factors: list[float] | None) -> Tensor:
     op = "bilinear_upsample"
     check_inputs(op, "input", [input])
     check_size(op, size)
@@ -83,7 +83,7 @@ def _fake_concat(inputs: list[Tensor], size: list[int], align_corners: bool) -> 
 
 
 def _fake_backward(
-    grad: Tensor, sizes: list[int], channels_last: bool, align_corners: bool, scale_factors: list[float]
+    grad: Tensor, sizes: list[int], channels_last: bool, align_corners: bool, scale_factors: list[float] | None
 ) -> list[Tensor]:
     op = "_upsample_concat_backward"
     check(op, grad.dim() == 4, f"grad must be [N, C, H, W], got {list(grad.shape)}")
@@ -118,7 +118,7 @@ def _setup_concat(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _concat_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = _BACKWARD(grad, ctx.sizes, ctx.channels_last, ctx.align_corners, [])
+    grads = _BACKWARD(grad, ctx.sizes, ctx.channels_last, ctx.align_corners, None)
     return [each if need else None for each, need in zip(grads, ctx.needs_input_grad[0], strict=True)], None, None
 
 
@@ -128,7 +128,7 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 
 def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    if ctx.scale_factors:
+    if ctx.scale_factors is not None:
         return _BILINEAR(grads[0], ctx.size, ctx.align_corners, ctx.scale_factors), None, None, None, None
     return _CONCAT(grads, ctx.size, ctx.align_corners), None, None, None, None
 

@@ -50,7 +50,7 @@ def bilinear_upsample(
         raise RuntimeError(f"{op}: input must be [N, C, H, W], got {list(input.shape)}")
     if (size is None) == (scale_factor is None):
         raise RuntimeError(f"{op}: one of size and scale_factor must be given, got {size} and {scale_factor}")
-    factors: list[float] = []
+    factors: list[float] | None = None
     if scale_factor is not None:
         factors = [float(f) for f in (scale_factor if isinstance(scale_factor, Sequence) else (scale_factor,) * 2)]
         if len(factors) != 2 or not all(0 < f < math.inf for f in factors):

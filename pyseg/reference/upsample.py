@@ -58,7 +58,9 @@ def upsample_concat_depthwise(
     shift: Tensor | None = None,
     align_corners: bool = True,
 ) -> Tensor:
-    r"""y[r, n, c, i, j] = scale[r, c] * sum_{a, b} weight[r, c, a, b] * x[n, c, i + (a-1)*d_r, j + (b-1)*d_r] + shift[r, c].
+    r"""y[r, n, c, i, j] = scale[r, c] * z[r, n, c, i, j] + shift[r, c].
+
+    z[r, n, c, i, j] = sum_{a, b} weight[r, c, a, b] * x[n, c, i + (a - 1) * d_r, j + (b - 1) * d_r]
 
     x = upsample_concat(inputs), zero outside the map; a and b from 0 to 2. weight [R, C, 3, 3], scale and shift [R, C].
     """
