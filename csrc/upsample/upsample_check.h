@@ -51,9 +51,9 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
 
 // Of a map, or of the output.
 inline void check_side(const char* op, const char* name, int64_t height, int64_t width, const Ints& got) {
-  constexpr int64_t kMost = int64_t{1} << 31;
-  PYSEG_CHECK(height > 0 && width > 0 && height < kMost && width < kMost, op, ": ", name,
-              " must have positive H and W, got ", got);
+  constexpr int64_t kMost = int64_t{1} << 30;
+  PYSEG_CHECK(height > 0 && width > 0, op, ": ", name, " must have positive H and W, got ", got);
+  PYSEG_CHECK(height < kMost && width < kMost, op, ": ", name, " must have H and W below 2^30, got ", got);
 }
 
 inline void check_size(const char* op, const Ints& size) {

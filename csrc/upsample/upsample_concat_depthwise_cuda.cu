@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "common/cuda_device.h"
 #include "upsample/upsample_concat_depthwise_cuda.cuh"
 #include "upsample/upsample_cuda_call.h"
 
@@ -11,6 +12,9 @@ namespace pyseg::upsample {
 namespace {
 
 const dim3 kThreads(kLanes, kWarps);
+
+// Shared memory of a block: what all devices of the generation have, and from sm_80 on two blocks find room in.
+constexpr double kSharedBytes75 = 64 * 1024, kSharedBytes80 = 80 * 1024;
 
 // Calls f.template operator()<T, channels_last>().
 template <typename F>
@@ -29,8 +33,8 @@ CudaDepthwiseArgs depthwise_args(const CudaCall& call, const Ints& dilations) {
   d.upsample = call.args;
   d.rates = int(dilations.size());
   for (int r = 0; r < d.rates; ++r) {
-    d.row_dilation[r] = std::min(dilations[r], call.args.height);
-    d.column_dilation[r] = std::min(dilations[r], call.args.width);
+    d.row_dilation[r] = int(std::min(dilations[r], call.args.height));
+    d.column_dilation[r] = int(std::min(dilations[r], call.args.width));
     d.row_reach = std::max(d.row_reach, d.row_dilation[r]);
     d.column_reach = std::max(d.column_reach, d.column_dilation[r]);
   }
@@ -50,11 +54,12 @@ template <typename T, bool kLast, typename Kernel>
 void launch_tiles(const char* op, const CudaDepthwiseArgs& d, int64_t tiles_x, Kernel shared, Kernel direct,
                   const CudaLaunches& launches) {
   using Tiles = Tile<T, kLast>;
-  const double bytes = double(Tiles::kH + 2 * d.row_reach) * double(Tiles::kW + 2 * d.column_reach) * Tiles::kChannels *
-                       sizeof(Accumulator<T>);
+  const double bytes =
+      (Tiles::kH + 2. * d.row_reach) * (Tiles::kW + 2. * d.column_reach) * Tiles::kChannels * sizeof(Accumulator<T>);
   cudaFuncAttributes attributes{};
   launches.check(cudaFuncGetAttributes(&attributes, shared));
-  const bool fits = bytes + double(attributes.sharedSizeBytes) <= kMostSharedBytes;
+  const double most = compute_capability() < 80 ? kSharedBytes75 : kSharedBytes80;
+  const bool fits = bytes + double(attributes.sharedSizeBytes) <= most;
   const Kernel kernel = fits ? shared : direct;
   const int64_t blocks = tiles_x * tiles_of(d.upsample.height, Tiles::kH) * d.blocks * d.upsample.images;
   if (fits && bytes > 32 * 1024)

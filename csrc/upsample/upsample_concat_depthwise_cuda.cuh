@@ -24,7 +24,6 @@ namespace pyseg::upsample {
 constexpr int kWarps = 8, kLanes = 32;
 constexpr int kTaps = 9;
 constexpr int kAddThreads = 128;
-constexpr int kMostSharedBytes = 64 * 1024;  // of a block: what sm_75 has
 constexpr int kSectorBytes = 32;
 
 // The part of a block.
@@ -37,8 +36,9 @@ struct Tile {
   static_assert(kH % kWarps == 0 && kW * kChannels % kLanes == 0, "threads share a tile evenly");
 
   const CudaMap* map;
-  int number;               // of the map
-  int64_t image, c0, y, x;  // c0: of the map's channels
+  int number;         // of the map
+  int64_t image, c0;  // c0: of the map's channels
+  int y, x;           // its first pixel
   int64_t tile_row, tile_rows;
 };
 
@@ -51,11 +51,11 @@ __device__ __forceinline__ Tile<T, kLast> tile_of(const CudaDepthwiseArgs& d, in
   const CudaUpsampleArgs& a = d.upsample;
   Tiles t;
   int64_t rest = blockIdx.x;
-  t.x = rest % tiles_x * Tiles::kW;
+  t.x = int(rest % tiles_x) * Tiles::kW;
   rest /= tiles_x;
   t.tile_rows = tiles_of(a.height, Tiles::kH);
   t.tile_row = rest % t.tile_rows;
-  t.y = t.tile_row * Tiles::kH;
+  t.y = int(t.tile_row) * Tiles::kH;
   rest /= t.tile_rows;
   int64_t block = rest % d.blocks;
   t.image = rest / d.blocks;
@@ -68,7 +68,7 @@ __device__ __forceinline__ Tile<T, kLast> tile_of(const CudaDepthwiseArgs& d, in
 
 // u at (y, x) of the output, of the channel that `from` points to.
 template <typename T, typename A>
-__device__ __forceinline__ A interpolated(const CudaMap& map, const T* from, const CudaTap<A>& row, int64_t x) {
+__device__ __forceinline__ A interpolated(const CudaMap& map, const T* from, const CudaTap<A>& row, int x) {
   const CudaTap<A> column = static_cast<const CudaTap<A>*>(map.columns)[x];
   const auto source = [&](int64_t i) {
     const T* const p = from + i * map.row_stride;
@@ -90,56 +90,53 @@ class TileValues {
   using Tiles = Tile<T, kLast>;
 
   // value(y, x) of the thread's channel, for pixels of the map.
-  __device__ TileValues(const Tiles& t, const CudaUpsampleArgs& a, int64_t row_reach, int64_t column_reach, A* shared,
+  __device__ TileValues(const Tiles& t, const CudaUpsampleArgs& a, int row_reach, int column_reach, A* shared,
                         const F& value)
       : value_(value),
-        height_(a.height),
-        width_(a.width),
+        height_(int(a.height)),
+        width_(int(a.width)),
         y0_(t.y - row_reach),
         x0_(t.x - column_reach),
-        row_(int(Tiles::kW + 2 * column_reach) * Tiles::kChannels),
-        rows_(int(Tiles::kH + 2 * row_reach)),
+        row_(kShared ? (Tiles::kW + 2 * column_reach) * Tiles::kChannels : 0),
+        rows_(kShared ? Tiles::kH + 2 * row_reach : 0),
         shared_(shared) {}
 
   // All threads of the block; between barriers.
   __device__ void fill(bool own) const {
     if constexpr (kShared) {
-      for (int i = threadIdx.y; i < rows_; i += kWarps) {
-        const int64_t y = y0_ + i;
+      for (int i = threadIdx.y; i < rows_; i += kWarps)
         for (int f = threadIdx.x; f < row_; f += kLanes) {
-          const int64_t x = x0_ + f / Tiles::kChannels;
-          const bool inside = own && y >= 0 && y < height_ && x >= 0 && x < width_;
-          shared_[i * row_ + f] = inside ? value_(y, x) : A(0);
+          const int y = y0_ + i, x = x0_ + f / Tiles::kChannels;
+          shared_[i * row_ + f] = own && on_map(y, x) ? value_(y, x) : A(0);
         }
-      }
     }
   }
-  __device__ __forceinline__ A at(int64_t y, int64_t x) const {
+  __device__ __forceinline__ A at(int y, int x) const {
     if constexpr (kShared) {
-      return shared_[int(y - y0_) * row_ + int(x - x0_) * Tiles::kChannels + int(threadIdx.x) % Tiles::kChannels];
+      return shared_[(y - y0_) * row_ + (x - x0_) * Tiles::kChannels + int(threadIdx.x) % Tiles::kChannels];
     } else {
-      return y >= 0 && y < height_ && x >= 0 && x < width_ ? value_(y, x) : A(0);
+      return on_map(y, x) ? value_(y, x) : A(0);
     }
   }
 
  private:
+  __device__ bool on_map(int y, int x) const { return y >= 0 && y < height_ && x >= 0 && x < width_; }
+
   const F& value_;
-  const int64_t height_, width_, y0_, x0_;
-  const int row_, rows_;
+  const int height_, width_, y0_, x0_, row_, rows_;
   A* const shared_;
 };
 
-// Calls f(k, y, x) for the thread's pixels of the tile that lie on the map; k counts all.
-template <typename Tiles, typename F>
+// Calls f(k, y, x) for the thread's pixels of the tile that lie on the map; k counts all. Rolled, k is no constant.
+template <bool kUnrolled, typename Tiles, typename F>
 __device__ __forceinline__ void each_pixel(const Tiles& t, const CudaUpsampleArgs& a, const F& f) {
-#pragma unroll
-  for (int i = 0; i < Tiles::kRowsOfThread; ++i)
-#pragma unroll
-    for (int j = 0; j < Tiles::kColumnsOfThread; ++j) {
-      const int64_t y = t.y + threadIdx.y + i * kWarps;
-      const int64_t x = t.x + (threadIdx.x + j * kLanes) / Tiles::kChannels;
-      if (y < a.height && x < a.width) f(i * Tiles::kColumnsOfThread + j, y, x);
-    }
+  constexpr int kPixels = Tiles::kRowsOfThread * Tiles::kColumnsOfThread;
+#pragma unroll(kUnrolled ? kPixels : 1)
+  for (int k = 0; k < kPixels; ++k) {
+    const int y = t.y + int(threadIdx.y) + k / Tiles::kColumnsOfThread * kWarps;
+    const int x = t.x + (int(threadIdx.x) + k % Tiles::kColumnsOfThread * kLanes) / Tiles::kChannels;
+    if (y < a.height && x < a.width) f(k, y, x);
+  }
 }
 
 // Where the pixels of a channel of an image of [.., N, C, H, W] begin, and how far apart they are.
@@ -155,7 +152,7 @@ __device__ __forceinline__ const T* channel_of(const CudaMap& map, int64_t image
 }
 
 template <typename T, bool kLast, bool kShared>
-__global__ void __launch_bounds__(kLanes* kWarps)
+__global__ void __launch_bounds__(kLanes* kWarps, 2)
     upsample_depthwise_forward(const __grid_constant__ CudaDepthwiseArgs d) {
   using A = Accumulator<T>;
   using Tiles = Tile<T, kLast>;
@@ -166,7 +163,7 @@ __global__ void __launch_bounds__(kLanes* kWarps)
   const bool own = c < t.map->channels;
   const T* const from = own ? channel_of<T>(*t.map, t.image, c) : nullptr;
   const auto* rows = static_cast<const CudaTap<A>*>(t.map->rows);
-  const auto value = [&](int64_t y, int64_t x) { return interpolated<T, A>(*t.map, from, rows[y], x); };
+  const auto value = [&](int y, int x) { return interpolated<T, A>(*t.map, from, rows[y], x); };
 
   // 1. The interpolated maps.
   const TileValues<T, kLast, kShared, decltype(value)> u(t, a, d.row_reach, d.column_reach,
@@ -176,6 +173,7 @@ __global__ void __launch_bounds__(kLanes* kWarps)
   if (!own) return;
 
   // 2. The filters.
+  const int64_t pixel = kLast ? a.channels : 1;
   for (int r = 0; r < d.rates; ++r) {
     const A* const weight = static_cast<const A*>(d.weight) + (r * a.channels + channel) * kTaps;
     const A scale = d.scale ? static_cast<const A*>(d.scale)[r * a.channels + channel] : A(1);
@@ -183,19 +181,19 @@ __global__ void __launch_bounds__(kLanes* kWarps)
     A w[kTaps];
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) w[tap] = scale * __ldg(weight + tap);
-    const int64_t dy = d.row_dilation[r], dx = d.column_dilation[r];
+    const int dy = d.row_dilation[r], dx = d.column_dilation[r];
     T* const to = static_cast<T*>(a.output) + offset_of<kLast>(a, r * a.images + t.image, channel);
-    each_pixel(t, a, [&](int, int64_t y, int64_t x) {
+    each_pixel<kShared>(t, a, [&](int, int y, int x) {
       A sum = shift;
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) sum += w[tap] * u.at(y + (tap / 3 - 1) * dy, x + (tap % 3 - 1) * dx);
-      to[(y * a.width + x) * (kLast ? a.channels : 1)] = narrow<T>(sum);
+      to[(y * a.width + x) * pixel] = narrow<T>(sum);
     });
   }
 }
 
 template <typename T, bool kLast, bool kShared>
-__global__ void __launch_bounds__(kLanes* kWarps)
+__global__ void __launch_bounds__(kLanes* kWarps, 2)
     upsample_depthwise_grad_maps(const __grid_constant__ CudaDepthwiseArgs d) {
   using A = Accumulator<T>;
   using Tiles = Tile<T, kLast>;
@@ -206,42 +204,59 @@ __global__ void __launch_bounds__(kLanes* kWarps)
   const int64_t c = t.c0 + threadIdx.x % Tiles::kChannels, channel = map.first_channel + c;
   const bool own = c < map.channels;
   const int64_t pixel = kLast ? a.channels : 1;
-  A sum[Tiles::kRowsOfThread * Tiles::kColumnsOfThread] = {};
-  for (int r = 0; r < d.rates; ++r) {
-    const T* const grad = static_cast<const T*>(a.grad) + offset_of<kLast>(a, r * a.images + t.image, channel);
-    const auto value = [&](int64_t y, int64_t x) { return A(widen(__ldg(grad + (y * a.width + x) * pixel))); };
-    const int64_t dy = d.row_dilation[r], dx = d.column_dilation[r];
-    const TileValues<T, kLast, kShared, decltype(value)> g(t, a, dy, dx, reinterpret_cast<A*>(memory), value);
-    if constexpr (kShared) {
-      __syncthreads();
-      g.fill(own);
-      __syncthreads();
-    }
-    if (!own) continue;
-    A w[kTaps];
-#pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap)
-      w[tap] = __ldg(static_cast<const A*>(d.weight) + (r * a.channels + channel) * kTaps + tap);
-    each_pixel(t, a, [&](int k, int64_t y, int64_t x) {
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) sum[k] += w[tap] * g.at(y - (tap / 3 - 1) * dy, x - (tap % 3 - 1) * dx);
-    });
-  }
-  if (!own) return;
   const int64_t pixels = a.height * a.width;
-  each_pixel(t, a, [&](int k, int64_t y, int64_t x) {
+  const auto write = [&](int y, int x, A sum) {
     const int64_t at =
         t.image * map.channels * pixels + (kLast ? (y * a.width + x) * map.channels + c : c * pixels + y * a.width + x);
     if (map.interpolated_grad) {
-      static_cast<A*>(map.interpolated_grad)[at] = sum[k];
+      static_cast<A*>(map.interpolated_grad)[at] = sum;
     } else {
-      static_cast<T*>(map.grad)[at] = narrow<T>(sum[k]);
+      static_cast<T*>(map.grad)[at] = narrow<T>(sum);
     }
-  });
+  };
+  // Calls f(weights, gradient of rate r, dilation along y, along x).
+  const auto with_rate = [&](int r, const auto& f) {
+    const T* const grad = static_cast<const T*>(a.grad) + offset_of<kLast>(a, r * a.images + t.image, channel);
+    const auto value = [&](int y, int x) { return A(widen(__ldg(grad + (y * a.width + x) * pixel))); };
+    const int dy = d.row_dilation[r], dx = d.column_dilation[r];
+    const TileValues<T, kLast, kShared, decltype(value)> g(t, a, dy, dx, reinterpret_cast<A*>(memory), value);
+    f(static_cast<const A*>(d.weight) + (r * a.channels + channel) * kTaps, g, dy, dx);
+  };
+
+  if constexpr (kShared) {
+    A sum[Tiles::kRowsOfThread * Tiles::kColumnsOfThread] = {};
+    for (int r = 0; r < d.rates; ++r)
+      with_rate(r, [&](const A* weight, const auto& g, int dy, int dx) {
+        __syncthreads();
+        g.fill(own);
+        __syncthreads();
+        if (!own) return;
+        A w[kTaps];
+#pragma unroll
+        for (int tap = 0; tap < kTaps; ++tap) w[tap] = __ldg(weight + tap);
+        each_pixel<true>(t, a, [&](int k, int y, int x) {
+#pragma unroll
+          for (int tap = 0; tap < kTaps; ++tap) sum[k] += w[tap] * g.at(y - (tap / 3 - 1) * dy, x - (tap % 3 - 1) * dx);
+        });
+      });
+    if (own) each_pixel<true>(t, a, [&](int k, int y, int x) { write(y, x, sum[k]); });
+  } else {
+    if (!own) return;
+    each_pixel<false>(t, a, [&](int, int y, int x) {
+      A sum = 0;
+      for (int r = 0; r < d.rates; ++r)
+        with_rate(r, [&](const A* weight, const auto& g, int dy, int dx) {
+#pragma unroll
+          for (int tap = 0; tap < kTaps; ++tap)
+            sum += __ldg(weight + tap) * g.at(y - (tap / 3 - 1) * dy, x - (tap % 3 - 1) * dx);
+        });
+      write(y, x, sum);
+    });
+  }
 }
 
 template <typename T, bool kLast, bool kShared>
-__global__ void __launch_bounds__(kLanes* kWarps)
+__global__ void __launch_bounds__(kLanes* kWarps, 2)
     upsample_depthwise_grad_weights(const __grid_constant__ CudaDepthwiseArgs d) {
   using A = Accumulator<T>;
   using Tiles = Tile<T, kLast>;
@@ -257,11 +272,11 @@ __global__ void __launch_bounds__(kLanes* kWarps)
   const bool own = c < t.map->channels;
   const T* const from = own ? channel_of<T>(*t.map, t.image, c) : nullptr;
   const auto* rows = static_cast<const CudaTap<A>*>(t.map->rows);
-  const auto value = [&](int64_t y, int64_t x) { return interpolated<T, A>(*t.map, from, rows[y], x); };
+  const auto value = [&](int y, int x) { return interpolated<T, A>(*t.map, from, rows[y], x); };
   if (thread < kSums)
     for (int r = 0; r < d.rates; ++r) (&totals[r][0][0])[thread] = A(0);
 
-  for (t.x = 0; t.x < a.width; t.x += Tiles::kW) {
+  for (; t.x < a.width; t.x += Tiles::kW) {
     // 1. The interpolated maps.
     const TileValues<T, kLast, kShared, decltype(value)> u(t, a, d.row_reach, d.column_reach,
                                                            reinterpret_cast<A*>(memory), value);
@@ -272,9 +287,9 @@ __global__ void __launch_bounds__(kLanes* kWarps)
       // 2. The thread's products.
       A sum[kTaps + 1] = {};
       if (own) {
-        const int64_t dy = d.row_dilation[r], dx = d.column_dilation[r];
+        const int dy = d.row_dilation[r], dx = d.column_dilation[r];
         const T* const grad = static_cast<const T*>(a.grad) + offset_of<kLast>(a, r * a.images + t.image, channel);
-        each_pixel(t, a, [&](int, int64_t y, int64_t x) {
+        each_pixel<kShared>(t, a, [&](int, int y, int x) {
           const A g = widen(__ldg(grad + (y * a.width + x) * (kLast ? a.channels : 1)));
 #pragma unroll
           for (int tap = 0; tap < kTaps; ++tap) sum[tap] += g * u.at(y + (tap / 3 - 1) * dy, x + (tap % 3 - 1) * dx);

@@ -42,12 +42,12 @@ struct CudaUpsampleArgs {
 struct CudaDepthwiseArgs {
   CudaUpsampleArgs upsample;
   int rates;
-  int64_t row_dilation[kMostRates], column_dilation[kMostRates];  // at most the map's size: beyond all is zero
-  int64_t row_reach, column_reach;                                // the largest of them
-  int64_t blocks;                                                 // of channels, of all maps
-  const void* weight;                                             // [R, C, 3, 3], dense, of what is computed in
-  const void* scale;                                              // [R, C], or null
-  const void* shift;                                              // [R, C], or null
+  int row_dilation[kMostRates], column_dilation[kMostRates];  // at most the map's size: beyond all is zero
+  int row_reach, column_reach;                                // the largest of them
+  int64_t blocks;                                             // of channels, of all maps
+  const void* weight;                                         // [R, C, 3, 3], dense, of what is computed in
+  const void* scale;                                          // [R, C], or null
+  const void* shift;                                          // [R, C], or null
   void* sums;  // [N * rows of tiles, R, 10, C]: gradients of the nine taps and of the shift
 };
 
