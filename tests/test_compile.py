@@ -10,6 +10,7 @@ from torch import nn
 import pyseg
 from pyseg.functional import (
     atrous_conv2d,
+    bilinear_upsample,
     confusion_matrix,
     dense_crf,
     distance_to_two_nearest_objects,
@@ -18,6 +19,8 @@ from pyseg.functional import (
     iou,
     permutohedral_filter,
     permutohedral_lattice,
+    upsample_concat,
+    upsample_concat_depthwise,
 )
 
 BACKENDS = ["aot_eager", "inductor"]
@@ -444,3 +447,60 @@ def test_crf_module_trains():
     want = torch.autograd.grad(module(x, x[:, :3]).square().sum(), list(module.parameters()))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+# ---- upsample ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bilinear_upsample(device, backend, layout):
+    """Sizes given, by a factor and from another map, forward and backward, without recompiling."""
+    available(device, backend)
+
+    def function(x, y):
+        z = bilinear_upsample(x.sin(), scale_factor=1.5)
+        return upsample_concat([y, z, bilinear_upsample(x, y.shape[2:], align_corners=True)]).cos()
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = compiled(function, counter)
+    for n, h, w in ((2, 7, 9), (3, 8, 6), (4, 11, 7)):
+        (x,) = images(device, (n, h, w))
+        y = torch.randn(n, 3, 2 * h, 2 * w).to(device)
+        leaves = [t.contiguous(memory_format=layout).requires_grad_() for t in (x, y)]
+        results = []
+        for f in (function, fast):
+            z = f(*leaves)
+            results.append([z, *torch.autograd.grad(z.square().sum(), leaves)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_upsample_concat_depthwise(device, backend, layout):
+    available(device, backend)
+    torch.manual_seed(1)
+    weight = torch.randn(3, 8, 3, 3).to(device).requires_grad_()
+    scale, shift = (torch.randn(3, 8).to(device).requires_grad_() for _ in range(2))
+
+    def function(x, y, weight, scale, shift):
+        parts = upsample_concat_depthwise([x.sin(), y], weight, (1, 2, 4), scale=scale, shift=shift).unbind(0)
+        return parts[0] * parts[1] + parts[2]
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = compiled(function, counter)
+    for n, h, w in ((2, 9, 13), (3, 14, 22), (4, 17, 30)):  # sizes that are equal at first count as one
+        (x,) = images(device, (n, h, w))
+        y = torch.randn(n, 3, h // 2, w // 2).to(device)
+        leaves = [*(t.contiguous(memory_format=layout).requires_grad_() for t in (x, y)), weight, scale, shift]
+        results = []
+        for f in (function, fast):
+            z = f(*leaves)
+            results.append([z, *torch.autograd.grad(z.square().sum(), leaves)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-2)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1

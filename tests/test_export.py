@@ -8,7 +8,16 @@ from torch import nn
 from torch.export import Dim
 
 import pyseg
-from pyseg.functional import atrous_conv2d, confusion_matrix, dice, distance_to_two_nearest_objects, distance_transform
+from pyseg.functional import (
+    atrous_conv2d,
+    bilinear_upsample,
+    confusion_matrix,
+    dice,
+    distance_to_two_nearest_objects,
+    distance_transform,
+    upsample_concat,
+    upsample_concat_depthwise,
+)
 
 
 class Function(nn.Module):
@@ -214,3 +223,32 @@ def test_dense_crf(device, strict, accuracy):
     for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
+
+
+class Pyramid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 8, 3, 3))
+        self.shift = nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x, y):
+        parts = upsample_concat_depthwise([x, y], self.weight, (1, 2), shift=self.shift)
+        return upsample_concat([x, bilinear_upsample(y, scale_factor=2.0)]), parts.sum(0)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_upsample(device, strict):
+    model = Pyramid().to(device)
+
+    def example(n, h, w):
+        return torch.randn(n, 5, h, w).to(device), torch.randn(n, 3, h // 2 + 1, w).to(device)
+
+    n, h, w = Dim("n"), Dim("h", min=2, max=4096), Dim("w", min=2, max=4096)
+    shapes = {"x": {0: n, 2: h, 3: w}, "y": {0: n, 2: Dim("h2", min=2, max=4096), 3: w}}
+    program = saved_and_loaded(torch.export.export(model, example(2, 9, 8), dynamic_shapes=shapes, strict=strict))
+    targets = [node.target for node in program.graph.nodes]
+    assert torch.ops.pyseg.upsample_concat_depthwise.default in targets
+    for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
+        arguments = example(*size)
+        torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-4)
