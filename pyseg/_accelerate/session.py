@@ -32,7 +32,7 @@ class Session:
         self._say = say
         self._swaps = Swaps()
         self._layout = ChannelsLast(model)
-        self._parts = self._used = find_parts(model)  # of detectors; those that are to be changed
+        self._parts = self._used = find_parts(model)  # those that are to be changed
         self.chains = [each.chain for each in self._found if each.chain is not None]
 
     def apply(self, choice: dict[Chain, Form], channels_last: bool) -> None:
@@ -41,7 +41,7 @@ class Session:
             if form is not None:
                 self._swaps.attach(chain, form, self._exact)
         for part in self._used:
-            self._swaps.attach_part(part.module, part.kind)
+            self._swaps.attach_part(part.module, part.kind, self._exact)
 
     def undo(self) -> None:
         self._swaps.set(True)
@@ -72,7 +72,7 @@ class Session:
         try:
             trial = Stopwatch(self.chains, example, self._exact, self._say).run()
             if self._parts:
-                time_parts(self._parts, example)
+                time_parts(self._parts, example, self._exact)
                 self._used = [part for part in self._parts if part.faster]
         finally:
             self._layout.set(False)

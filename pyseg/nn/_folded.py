@@ -106,6 +106,8 @@ def has_hooks(module: nn.Module | None) -> bool:
 
 def can_fold(block: nn.Module, *inputs: Tensor) -> bool:
     """Whether a call may leave out the block's submodules: eval mode, no gradients, nobody who listens in."""
+    if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+        return False
     if block.training or any(m.training or has_hooks(m) for m in block.modules() if m is not block):
         return False
     if torch.is_grad_enabled():
