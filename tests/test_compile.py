@@ -116,6 +116,27 @@ def test_atrous_conv2d_autocast(backend):
         assert torch.equal(plain(x), function(x))
 
 
+@pytest.mark.parametrize("stride", [1, (2, 3)])
+def test_atrous_conv2d_pointwise(stride):
+    """1x1 on the CPU, thinned out by the stride; sizes that change without recompiling."""
+    weight = torch.randn(4, 5, 1, 1).requires_grad_()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(x):
+        return atrous_conv2d(x.sin(), weight, stride=stride, relu=True) * 2
+
+    fast = compiled(function, counter)
+    for x in images("cpu", (2, 7, 9), (3, 8, 6), (4, 11, 7), requires_grad=True):
+        results = []
+        for f in (function, fast):
+            y = f(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1
+
+
 def test_atrous_conv2d_torch_path():
     """What goes to torch compiles as well."""
     weight = torch.randn(4, 5, 3, 3)

@@ -12,7 +12,8 @@ from pyseg._accelerate.layout import ChannelsLast
 from pyseg._accelerate.measure import Example, Outputs, difference, interleaved_ms
 from pyseg._accelerate.modules import Chain, FusedAtrousConv2d, Swaps
 from pyseg._accelerate.report import Report, Row
-from pyseg._accelerate.trial import Form, Stopwatch, Trial, forms_of, why_kernel_is_torchs
+from pyseg._accelerate.trial import Form, Stopwatch, Trial, forms_of
+from pyseg.nn.atrous_conv2d import why_torch_runs
 
 # Of outputs that went through a whole network, relative to their largest magnitude.
 _TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -206,10 +207,10 @@ def _row(found: Found, form: Form, trial: Trial | None) -> Row:
             plan = chain.conv.plan(row.shape)
             row.path = plan.path
             reasons.append(plan.reason)
-    elif not why_kernel_is_torchs(chain.conv):
+    elif not why_torch_runs(chain.conv, chain.conv.weight):
         reasons.append("torch is faster here" if calls else "not called by the example")
     else:
-        reasons.append(why_kernel_is_torchs(chain.conv))
+        reasons.append(why_torch_runs(chain.conv, chain.conv.weight))
     if chain.norm is None and found.reason:
         reasons.append(found.reason)
     row.reason = "; ".join(reasons)

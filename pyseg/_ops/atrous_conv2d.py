@@ -61,19 +61,27 @@ def _check_arguments(input: Tensor, weight: Tensor, padding: list[int], dilation
     shape = list(weight.shape)
     _check(input.dim() == 4, f"input must be [N, C_in, H, W], got {list(input.shape)}")
     _check(input.dtype in _FLOATS, f"input must be float32, float64, float16 or bfloat16, got {input.dtype}")
-    _check(weight.dim() == 4, f"weight must be [C_out, C_in / groups, 3, 3], got {shape}")
-    _check(shape[2] == 3, f"weight must be [C_out, C_in / groups, 3, 3], got {shape}")
-    _check(shape[3] == 3, f"weight must be [C_out, C_in / groups, 3, 3], got {shape}")
+    _check_weight(weight)
     _check_like("weight", weight, input)
     _check(len(padding) == 2 and min(padding) >= 0, f"padding must be two integers >= 0, got {list(padding)}")
     _check(len(dilation) == 2 and min(dilation) >= 1, f"dilation must be two integers >= 1, got {list(dilation)}")
-    channels = input.shape[1]
+    channels, kernel = input.shape[1], shape[2]
     if groups == 1:
-        _check(shape[1] == channels, f"weight must be [C_out, {channels}, 3, 3] for {channels} channels, got {shape}")
+        expected = f"[C_out, {channels}, {kernel}, {kernel}]"
+        _check(shape[1] == channels, f"weight must be {expected} for {channels} channels, got {shape}")
     else:
+        _check(kernel == 3, f"weight must be [{channels}, 1, 3, 3] for {groups} groups, got {shape}")
         _check(groups == channels, f"groups must be 1 or C_in = {channels}, got {groups}")
         _check(shape[0] == channels, f"weight must be [{channels}, 1, 3, 3] for {groups} groups, got {shape}")
         _check(shape[1] == 1, f"weight must be [{channels}, 1, 3, 3] for {groups} groups, got {shape}")
+
+
+def _check_weight(weight: Tensor) -> None:
+    shape = list(weight.shape)
+    expected = "[C_out, C_in / groups, 3, 3]" + ("" if weight.is_cuda else " or [C_out, C_in, 1, 1]")
+    _check(weight.dim() == 4, f"weight must be {expected}, got {shape}")
+    _check(shape[2] == 3 or (shape[2] == 1 and not weight.is_cuda), f"weight must be {expected}, got {shape}")
+    _check(shape[3] == shape[2], f"weight must be {expected}, got {shape}")
 
 
 def _check_like(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -82,17 +90,18 @@ def _check_like(name: str, tensor: Tensor, input: Tensor) -> None:
 
 
 def _output_shape(input: Tensor, weight: Tensor, padding: list[int], dilation: list[int]) -> list[int]:
-    height = input.shape[2] + 2 * padding[0] - 2 * dilation[0]
-    width = input.shape[3] + 2 * padding[1] - 2 * dilation[1]
-    message = f"input must be at least {[2 * d + 1 - 2 * p for d, p in zip(dilation, padding, strict=True)]} in H and W"
+    reach = [(weight.shape[2] - 1) * d for d in dilation]  # from the first tap to the last
+    height = input.shape[2] + 2 * padding[0] - reach[0]
+    width = input.shape[3] + 2 * padding[1] - reach[1]
+    message = f"input must be at least {[r + 1 - 2 * p for r, p in zip(reach, padding, strict=True)]} in H and W"
     _check(height >= 0, f"{message}, got {list(input.shape[2:])}")
     _check(width >= 0, f"{message}, got {list(input.shape[2:])}")
     return [input.shape[0], weight.shape[0], height, width]
 
 
 def _packed_shape(weight: Tensor) -> list[int]:
-    c_out, c_in = weight.shape[:2]
-    return [3, 3, c_out, c_in] if weight.is_cuda else [(c_out + 15) // 16, 9, c_in, 16]
+    c_out, c_in, *kernel = weight.shape
+    return [3, 3, c_out, c_in] if weight.is_cuda else [(c_out + 15) // 16, kernel[0] * kernel[1], c_in, 16]
 
 
 def _memory_format(*tensors: Tensor) -> torch.memory_format:
@@ -200,10 +209,7 @@ def _fake_backward(
 
 
 def _fake_pack(weight: Tensor) -> Tensor:
-    shape = list(weight.shape)
-    _check(weight.dim() == 4, f"weight must be [C_out, C_in, 3, 3], got {shape}")
-    _check(shape[2] == 3, f"weight must be [C_out, C_in, 3, 3], got {shape}")
-    _check(shape[3] == 3, f"weight must be [C_out, C_in, 3, 3], got {shape}")
+    _check_weight(weight)
     return weight.new_empty(_packed_shape(weight))
 
 
