@@ -1,6 +1,8 @@
 """The operators as functions."""
 
 from pyseg.functional.atrous_conv2d import atrous_conv2d as atrous_conv2d
+from pyseg.functional.bilinear_upsample import bilinear_upsample as bilinear_upsample
+from pyseg.functional.bilinear_upsample import upsample_concat as upsample_concat
 from pyseg.functional.confusion_matrix import confusion_matrix as confusion_matrix
 from pyseg.functional.dense_crf import dense_crf as dense_crf
 from pyseg.functional.dense_crf import dense_crf_energy as dense_crf_energy
@@ -33,6 +35,7 @@ from pyseg.functional.segmentation_metrics import specificity as specificity
 from pyseg.functional.surface_distance import average_surface_distance as average_surface_distance
 from pyseg.functional.surface_distance import hausdorff_distance as hausdorff_distance
 from pyseg.functional.surface_distance import surface_dice as surface_dice
+from pyseg.functional.upsample_concat_depthwise import upsample_concat_depthwise as upsample_concat_depthwise
 
 __all__ = [
     "FeatureKernel",
@@ -41,6 +44,7 @@ __all__ = [
     "atrous_conv2d",
     "average_surface_distance",
     "batched_nms",
+    "bilinear_upsample",
     "confusion_matrix",
     "crop_masks",
     "bilateral_features",
@@ -66,5 +70,7 @@ __all__ = [
     "roi_align",
     "specificity",
     "surface_dice",
+    "upsample_concat",
+    "upsample_concat_depthwise",
     *_losses,
 ]

@@ -20,10 +20,14 @@ from pyseg.reference.segmentation_statistics import segmentation_statistics as s
 from pyseg.reference.surface_distance import average_surface_distance as average_surface_distance
 from pyseg.reference.surface_distance import hausdorff_distance as hausdorff_distance
 from pyseg.reference.surface_distance import surface_dice as surface_dice
+from pyseg.reference.upsample import bilinear_upsample as bilinear_upsample
+from pyseg.reference.upsample import upsample_concat as upsample_concat
+from pyseg.reference.upsample import upsample_concat_depthwise as upsample_concat_depthwise
 
 __all__ = [
     "atrous_conv2d",
     "average_surface_distance",
+    "bilinear_upsample",
     "confusion_matrix",
     "dense_crf",
     "dense_crf_energy",
@@ -42,4 +46,6 @@ __all__ = [
     "roi_align",
     "segmentation_statistics",
     "surface_dice",
+    "upsample_concat",
+    "upsample_concat_depthwise",
 ]

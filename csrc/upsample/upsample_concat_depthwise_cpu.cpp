@@ -1,0 +1,57 @@
+// upsample_concat_depthwise and its gradient on the CPU: layouts, threads, registration.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "common/cpu_workspace.h"
+#include "upsample/upsample_cpu_call.h"
+
+namespace pyseg::upsample {
+namespace {
+
+Workers workers_of(const UpsampleDepthwiseArgs& d, double passes) {
+  const UpsampleArgs& a = d.upsample;
+  return workers_for(passes * 9. * double(d.rates) * double(a.images) * double(a.channels) * double(a.height) *
+                     double(a.width));
+}
+
+Tensor upsample_concat_depthwise(Tensors inputs, Tensor weight, std::optional<Tensor> scale,
+                                 std::optional<Tensor> shift, Ints size, Ints dilations, bool align_corners) {
+  const Element type = check_inputs(kDepthwise, "inputs", inputs);
+  check_size(kDepthwise, size);
+  check_dilations(kDepthwise, dilations);
+  std::vector<Ints> sizes;
+  for (const Tensor& t : inputs) sizes.push_back(sizes_of(t));
+  CpuCall call(type, sizes, size[0], size[1], any_channels_last(inputs), align_corners, {});
+  UpsampleDepthwiseArgs d{};
+  const int64_t rates = int64_t(dilations.size()), channels = call.args.channels;
+  const auto parameter = [&](const char* name, const Tensor& t, const Ints& expected) {
+    return check_parameter(kDepthwise, name, t, expected, inputs[0], type);
+  };
+  const Tensor filters = parameter("weight", weight, {rates, channels, 3, 3});
+  d.weight = filters.data_ptr();
+  std::optional<Tensor> scales, shifts;
+  if (scale) d.scale = scales.emplace(parameter("scale", *scale, {rates, channels})).data_ptr();
+  if (shift) d.shift = shifts.emplace(parameter("shift", *shift, {rates, channels})).data_ptr();
+
+  UpsampleArgs& a = call.args;
+  const Tensor output = new_map(inputs[0], {rates * a.images, channels, a.height, a.width}, a.last);
+  const Tensor result = torch::stable::view(output, {rates, a.images, channels, a.height, a.width});
+  if (output.numel() == 0) return result;
+  call.set_inputs(inputs);
+  a.output = output.data_ptr();
+  d.upsample = a;
+  d.rates = rates;
+  d.dilation = dilations.data();
+  const Workers workers = workers_of(d, 1);
+  const Workspace scratch(output, upsample_kernels().depthwise_scratch(d, workers.count));
+  upsample_kernels().depthwise(d, scratch.data, workers);
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) { m.impl("upsample_concat_depthwise", TORCH_BOX(&upsample_concat_depthwise)); }
+
+}  // namespace pyseg::upsample

@@ -1,0 +1,54 @@
+// The CPU kernels of this family for one instruction set: compiled once per target, PYSEG_TARGET is its name.
+#include "upsample/cpu_upsample_concat.h"
+#include "upsample/cpu_upsample_depthwise.h"
+#include "upsample/upsample_cpu_kernel.h"
+
+namespace pyseg {
+namespace PYSEG_TARGET {
+namespace {
+
+// Calls f.template operator()<T, A>() with the types of the elements and of the arithmetic.
+template <typename F>
+inline auto with_types(Element type, const F& f) {
+  switch (type) {
+    case Element::kFloat: return f.template operator()<float, float>();
+    case Element::kDouble: return f.template operator()<double, double>();
+    case Element::kHalf: return f.template operator()<Half, float>();
+    default: return f.template operator()<BFloat16, float>();
+  }
+}
+
+int64_t concat_scratch(const UpsampleArgs& a, int64_t workers) {
+  return with_types(a.type, [&]<typename T, typename A>() { return UpsampleConcat<T, A>::scratch(a, workers); });
+}
+
+void concat(const UpsampleArgs& a, void* scratch, const Workers& workers) {
+  with_types(a.type, [&]<typename T, typename A>() { UpsampleConcat<T, A>(a, scratch).forward(workers); });
+}
+
+void concat_backward(const UpsampleArgs& a, void* scratch, const Workers& workers) {
+  with_types(a.type, [&]<typename T, typename A>() { UpsampleConcat<T, A>(a, scratch).backward(workers); });
+}
+
+int64_t depthwise_scratch(const UpsampleDepthwiseArgs& a, int64_t workers) {
+  return with_types(a.upsample.type,
+                    [&]<typename T, typename A>() { return UpsampleDepthwise<T, A>::scratch(a, workers); });
+}
+
+void depthwise(const UpsampleDepthwiseArgs& a, void* scratch, const Workers& workers) {
+  with_types(a.upsample.type, [&]<typename T, typename A>() { UpsampleDepthwise<T, A>(a, scratch).run(workers); });
+}
+
+}  // namespace
+
+extern const UpsampleKernelTable upsample_kernels;
+const UpsampleKernelTable upsample_kernels = {
+    .concat_scratch = concat_scratch,
+    .concat = concat,
+    .concat_backward = concat_backward,
+    .depthwise_scratch = depthwise_scratch,
+    .depthwise = depthwise,
+};
+
+}  // namespace PYSEG_TARGET
+}  // namespace pyseg
