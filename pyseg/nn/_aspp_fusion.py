@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyseg._ops.atrous_conv2d import as_channels_last
 from pyseg.nn._folded import BlockFusion, Layer, is_channels_last, layers_of
 
 
@@ -95,7 +96,7 @@ class ASPPFusion(BlockFusion):
             return None
         memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         # All kernels work on channels_last: convert once, not for each branch.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = as_channels_last(x)
         features = self._side_by_side([(branch, x) for branch in layers.branches])
         constant = None if layers.pool is None else self._constant(layers, x, features.shape[1])
         return self._project(layers, features, constant, memory_format)

@@ -136,6 +136,12 @@ class FoldedLayer:
         self._exact = exact
         self._affine, self._part, self._packed = Cached(), Cached(), Cached()
 
+    def affine(self, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
+        """The batch norm as scale and shift of each channel."""
+        if layer.bn is None:
+            return None, None
+        return batch_norm_affine(layer.bn, layer.conv.weight.dtype, self._affine)
+
     def __call__(
         self,
         layer: Layer,
@@ -147,12 +153,9 @@ class FoldedLayer:
         out: Tensor | None = None,
     ) -> Tensor:
         """relu?(scale * (conv(input) + bias) + shift + extra_shift); `linear`: without bias, shift and ReLU."""
-        conv, bn = layer.conv, layer.bn
+        conv = layer.conv
         weight, bias, groups = conv.weight, conv.bias, conv.groups
-        scale: Tensor | None = None
-        shift: Tensor | None = None
-        if bn is not None:
-            scale, shift = batch_norm_affine(bn, weight.dtype, self._affine)
+        scale, shift = self.affine(layer)
         if self._channels is not None:
             part = self._channels
             if groups == 1:
@@ -211,24 +214,44 @@ class BlockFusion:
             self._folded[name] = FoldedLayer(channels, self._exact)
         return self._folded[name]
 
-    def _side_by_side(self, branches: list[tuple[list[Layer], Tensor]]) -> Tensor:
-        """The results of all branches, each from its own input, as one channels_last tensor that they write into."""
+    def _side_by_side(
+        self, branches: list[tuple[list[Layer], Tensor]], memory_format: torch.memory_format = torch.channels_last
+    ) -> Tensor:
+        """The results of all branches, each from its own input, as one tensor that they write into."""
+        if torch.compiler.is_compiling():  # in graphs a concatenation, and memory, is left to the compiler
+            results = [self._chain(index, layers, x) for index, (layers, x) in enumerate(branches)]
+            return torch.cat(results, 1)
         _, first = branches[0]
         widths = [layers[-1].conv.out_channels for layers, _ in branches]
-        whole: Tensor | None = None
-        if not torch.compiler.is_compiling():  # in graphs a concatenation is left to the compiler
-            shape = (first.shape[0], sum(widths), *first.shape[2:])
-            dtype, last = result_dtype(first), torch.channels_last
-            whole = torch.empty(shape, dtype=dtype, device=first.device, memory_format=last)
-        results: list[Tensor] = []
-        start = 0
-        for index, ((layers, x), width) in enumerate(zip(branches, widths, strict=True)):
-            for depth, layer in enumerate(layers):
-                out = whole[:, start : start + width] if whole is not None and layer is layers[-1] else None
-                x = self._layer(f"branch {index} {depth}")(layer, x, out=out)
-            results.append(x)
-            start += width
-        return torch.cat(results, 1) if whole is None else whole
+        shape = (first.shape[0], sum(widths), *first.shape[2:])
+        dtype = result_dtype(first)
+        whole = torch.empty(shape, dtype=dtype, device=first.device, memory_format=memory_format)
+        parts = torch.split(whole, widths, 1)
+        between: dict[tuple[int, int], Tensor] = {}
+        for index, ((layers, x), part) in enumerate(zip(branches, parts, strict=True)):
+            self._chain(index, layers, x, between, part)
+        return whole
+
+    def _chain(
+        self,
+        index: int,
+        layers: list[Layer],
+        x: Tensor,
+        between: dict[tuple[int, int], Tensor] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Layers one behind the other, the last one into `out`.
+
+        What lies between two of them is written into `between`, over what an earlier branch has left there: fresh
+        memory costs as much time as a depthwise layer.
+        """
+        *first, last = layers
+        for depth, layer in enumerate(first):
+            key = (depth, layer.conv.out_channels)
+            x = self._layer(f"branch {index} {depth}")(layer, x, out=None if between is None else between.get(key))
+            if between is not None:
+                between[key] = x
+        return self._layer(f"branch {index} {len(first)}")(last, x, out=out)
 
 
 def is_channels_last(x: Tensor) -> bool:

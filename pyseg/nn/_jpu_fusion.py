@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyseg._ops.atrous_conv2d import as_channels_last
+from pyseg.functional.upsample_concat_depthwise import upsample_concat_depthwise
+from pyseg.nn._cache import Cached
 from pyseg.nn._folded import BlockFusion, Layer, is_channels_last, layers_of
+
+# Devices whose kernels are in this installation.
+_FUSED_ON = frozenset(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("pyseg::upsample_concat_depthwise", key)
+)
 
 
 class JPULayers(NamedTuple):
@@ -32,6 +42,9 @@ def jpu_layers(block: nn.Module) -> JPULayers | None:
     fits = (
         all(_is_3x3(layer.conv) and layer.conv.groups == 1 for layer in maps)
         and all(_is_3x3(layer.conv) and layer.conv.groups == layer.conv.in_channels for layer in depthwise)
+        and all(layer.bn is not None and layer.conv.bias is None and not layer.relu for layer in depthwise)
+        and all(layer.conv.out_channels == layer.conv.in_channels for layer in depthwise)
+        and all(len(set(layer.conv.dilation)) == 1 for layer in depthwise)
         and all(layer.conv.kernel_size == (1, 1) and layer.conv.stride == (1, 1) for layer in pointwise)
         and all(layer.conv.padding in ((0, 0), "same", "valid") for layer in pointwise)
     )
@@ -46,6 +59,10 @@ def _is_3x3(conv: nn.Conv2d) -> bool:
 class JPUFusion(BlockFusion):
     """Runs a JPU block from its layers."""
 
+    def clear(self) -> None:
+        super().clear()
+        self._stacked = Cached()
+
     def run(
         self, block: nn.Module, layers: JPULayers | None, inputs: Sequence[Tensor], align_corners: bool
     ) -> Tensor | None:
@@ -55,12 +72,40 @@ class JPUFusion(BlockFusion):
             return None
         # All kernels work on channels_last: convert the inputs, which are smaller than what is made of them.
         maps = [
-            self._layer(f"map {index}")(layer, x.contiguous(memory_format=torch.channels_last))
+            self._layer(f"map {index}")(layer, as_channels_last(x))
             for index, (layer, x) in enumerate(zip(layers.maps, reversed(coarse_last), strict=True))
         ]
+        filtered = self._filtered(layers.depthwise, maps, align_corners)
+        memory_format = torch.channels_last if is_channels_last(finest) else torch.contiguous_format
+        pointwise = [([layer], x) for layer, x in zip(layers.pointwise, filtered, strict=True)]
+        return self._side_by_side(pointwise, memory_format).contiguous(memory_format=memory_format)
+
+    def _filtered(self, layers: list[Layer], maps: list[Tensor], align_corners: bool) -> Sequence[Tensor]:
+        """The depthwise layers' results on the maps, interpolated to the last one's size and concatenated."""
         size = maps[-1].shape[2:]
-        maps[:-1] = [F.interpolate(m, size, mode="bilinear", align_corners=align_corners) for m in maps[:-1]]
-        features = torch.cat(maps, 1)
-        filtered = [self._layer(f"depthwise {i}")(layer, features) for i, layer in enumerate(layers.depthwise)]
-        result = self._side_by_side([([layer], x) for layer, x in zip(layers.pointwise, filtered, strict=True)])
-        return result if is_channels_last(finest) else result.contiguous()
+        if maps[0].device.type not in _FUSED_ON:
+            maps = [
+                *(F.interpolate(m, size, mode="bilinear", align_corners=align_corners) for m in maps[:-1]),
+                maps[-1],
+            ]
+            features = torch.cat(maps, 1)
+            return [self._layer(f"depthwise {i}")(layer, features) for i, layer in enumerate(layers)]
+        weight, scale, shift = self._filters(layers)
+        dilations = [layer.conv.dilation[0] for layer in layers]
+        result = upsample_concat_depthwise(
+            maps, weight, dilations, scale=scale, shift=shift, size=(size[0], size[1]), align_corners=align_corners
+        )
+        return result.unbind(0)
+
+    def _filters(self, layers: list[Layer]) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights [R, C, 3, 3], scales and shifts [R, C] of all rates."""
+        weights = [layer.conv.weight for layer in layers]
+        affine = [self._layer(f"depthwise {i}").affine(layer) for i, layer in enumerate(layers)]
+        scales = [scale for scale, _ in affine if scale is not None]
+        shifts = [shift for _, shift in affine if shift is not None]
+
+        def stacked() -> tuple[Tensor, ...]:
+            return torch.stack(weights)[:, :, 0], torch.stack(scales), torch.stack(shifts)
+
+        result: tuple[Tensor, Tensor, Tensor] = self._stacked.get((*weights, *scales, *shifts), None, stacked)
+        return result
