@@ -156,9 +156,8 @@ class RowInterpolator {
         for (int64_t x = 0; x < map_->width; ++x) convert_run(from + x * map_->column_stride, staged_ + x * block_, n_);
       }
     } else {
-      each_run(map_->column_stride == block_ && n_ == block_, map_->width, n_, [&](int64_t x, int64_t m) {
-        convert_run(from + x * map_->column_stride, staged_ + x * block_, m);
-      });
+      each_run(map_->column_stride == block_ && n_ == block_, map_->width, n_,
+               [&](int64_t x, int64_t m) { convert_run(from + x * map_->column_stride, staged_ + x * block_, m); });
     }
     if (map_->copied_columns) {
       copy_run<false>(source.data, a_.width * block_, slot);  // staged

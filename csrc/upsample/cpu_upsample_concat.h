@@ -11,9 +11,9 @@ namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
-constexpr int64_t kSlotBytes = 128 << 10;   // channels_last: of an interpolated source row, two of which stay in L2
-constexpr int64_t kStreamBytes = 4 << 20;   // larger outputs are stored past the caches
-constexpr int64_t kUnitsOfWorker = 4;       // so that shares of unequal units come out even
+constexpr int64_t kSlotBytes = 128 << 10;  // channels_last: of an interpolated source row, two of which stay in L2
+constexpr int64_t kStreamBytes = 4 << 20;  // larger outputs are stored past the caches
+constexpr int64_t kUnitsOfWorker = 4;      // so that shares of unequal units come out even
 
 // Channels of a block.
 template <typename A>
@@ -117,8 +117,7 @@ class UpsampleConcat {
       }
     } else {
       rows.template row<false>(y, n, stage, n);
-      each_run(step() == n, a_.width, n,
-               [&](int64_t x, int64_t m) { narrow_run(stage + x * n, to + x * step(), m); });
+      each_run(step() == n, a_.width, n, [&](int64_t x, int64_t m) { narrow_run(stage + x * n, to + x * step(), m); });
     }
   }
 

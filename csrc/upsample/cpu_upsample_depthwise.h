@@ -13,40 +13,63 @@ namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
-constexpr int64_t kDepthwiseBlock = 16;  // channels_last: channels of a block
+constexpr int64_t kDepthwiseBlock = 32;  // channels_last: channels of a block
 constexpr int64_t kVectorSlack = 16;     // elements behind a row that vectors may touch
 
 constexpr int64_t kTaps = 9;
 using upsample::kMostRates;
 
+// Rows that are filtered together.
+constexpr int64_t kMostChunk = 16;
+constexpr int64_t chunk_rows(int64_t width, int64_t block) {
+  return block > 1 ? 1 : larger<int64_t>(1, smaller(kMostChunk, 1024 / larger<int64_t>(1, width)));
+}
+
+// The rows that the taps of one output row read: above, at and below it.
+template <typename A>
+struct TapRows {
+  const A *top, *middle, *bottom;
+};
+
 // Interpolated rows, or rows of gradients, with margins of zeros.
 template <typename A>
 class PaddedRows {
  public:
-  // reach: how far taps look up and down, margin: how far to the sides.
+  // reach: how far the taps of a chunk's rows look up and down, margin: how far to the sides.
+  PaddedRows() = default;
   PaddedRows(int64_t width, int64_t block, int64_t reach, int64_t margin, A* scratch)
-      : slots_(2 * reach + 1),
+      : slots_(2 * reach + chunk_rows(width, block)),
         lead_(rounded_up(margin * block, kCacheLine)),
         size_(row_size(width, block, margin)),
         storage_(scratch) {
-    memset(storage_, 0, size(width, block, reach, margin) * sizeof(A));
+    clear();
   }
+  void clear() { memset(storage_, 0, (slots_ + 1) * size_ * sizeof(A)); }
 
   static int64_t size(int64_t width, int64_t block, int64_t reach, int64_t margin) {
-    return (2 * reach + 2) * row_size(width, block, margin);
+    return (2 * reach + chunk_rows(width, block) + 1) * row_size(width, block, margin);
   }
 
+  // Before rows around `y` are asked for. Divisions for each row would take as long as filtering a short one.
+  void move_to(int64_t y) { first_ = y / slots_ * slots_; }
   // Pixel 0 of a row: begins a cache line.
-  A* at(int64_t y) { return storage_ + y % slots_ * size_ + lead_; }
-  const A* zeros() const { return storage_ + slots_ * size_ + lead_; }
+  A* at(int64_t y) {
+    const int64_t i = y - first_;
+    return storage_ + (i < 0 ? i + slots_ : i < slots_ ? i : i - slots_) * size_ + lead_;
+  }
+  // For output row y and taps d rows apart; rows outside the map are zeros.
+  TapRows<A> taps(int64_t y, int64_t d, int64_t height) {
+    const A* const zeros = storage_ + slots_ * size_ + lead_;
+    return {y < d ? zeros : at(y - d), at(y), y + d < height ? at(y + d) : zeros};
+  }
 
  private:
   static int64_t row_size(int64_t width, int64_t block, int64_t margin) {
     return rounded_up(margin * block, kCacheLine) + rounded_up((width + margin) * block + kVectorSlack, kCacheLine);
   }
 
-  const int64_t slots_, lead_, size_;
-  A* const storage_;
+  int64_t slots_ = 0, lead_ = 0, size_ = 0, first_ = 0;
+  A* storage_ = nullptr;
 };
 
 // What all units of a call share: the filters' reach.
@@ -67,66 +90,82 @@ struct FilterReach {
   int64_t rows = 0, columns = 0;
 };
 
-// Weights of a unit's filters, those of channels side by side: [R][9 and the shift][block].
+// Elements of a weight of one tap: of the channels of a block, or one weight in every lane.
+template <typename A>
+constexpr int64_t weight_lanes(int64_t block) {
+  return block == 1 ? kLanes<A> : block;
+}
+
+// Weights of a unit's filters: [R][9 and the shift][weight_lanes].
 template <typename A>
 inline void gather_weights(const UpsampleDepthwiseArgs& a, const UpsampleUnit& unit, int64_t block, bool flipped,
                            A* to) {
   const int64_t c0 = a.upsample.map[unit.map].first_channel + unit.c0;
-  for (int64_t r = 0; r < a.rates; ++r, to += (kTaps + 1) * block) {
+  const int64_t lanes = weight_lanes<A>(block);
+  for (int64_t r = 0; r < a.rates; ++r, to += (kTaps + 1) * lanes) {
     const int64_t first = r * a.upsample.channels + c0;
     const A* const weight = static_cast<const A*>(a.weight) + first * kTaps;
     const A* const scale = a.scale ? static_cast<const A*>(a.scale) + first : nullptr;
     const A* const shift = a.shift ? static_cast<const A*>(a.shift) + first : nullptr;
-    for (int64_t c = 0; c < block; ++c) {
+    if (block == 1) {
       for (int64_t t = 0; t < kTaps; ++t)
-        to[(flipped ? kTaps - 1 - t : t) * block + c] =
-            c < unit.n ? weight[c * kTaps + t] * (scale ? scale[c] : A(1)) : A(0);
-      to[kTaps * block + c] = c < unit.n && shift ? shift[c] : A(0);
+        store(to + (flipped ? kTaps - 1 - t : t) * lanes, broadcast(weight[t] * (scale ? *scale : A(1))));
+      store(to + kTaps * lanes, broadcast(shift ? *shift : A(0)));
+      continue;
+    }
+    memset(to, 0, (kTaps + 1) * lanes * sizeof(A));
+    for (int64_t c = 0; c < unit.n; ++c) {
+      for (int64_t t = 0; t < kTaps; ++t)
+        to[(flipped ? kTaps - 1 - t : t) * lanes + c] = weight[c * kTaps + t] * (scale ? scale[c] : A(1));
+      if (shift) to[kTaps * lanes + c] = shift[c];
     }
   }
 }
 
-// `vectors` vectors of outputs: to[i * to_step] = start + sum over taps of w * row[i * step + tap]. `ADD`: to what is
-// there.
+// `count` rows of `vectors` vectors of outputs: row[i * to_step] = w[9] + sum over taps of w * from[i * step + tap]. kAdd:
+// to what is there instead. w: 10 vectors, w_step apart.
 template <bool kStream, bool kAdd, typename A>
-__attribute__((noinline)) void filter_vectors(const A* const (&rows)[3], int64_t offset, const Vec<A> (&w)[kTaps + 1],
-                                              int64_t vectors, int64_t step, A* to, int64_t to_step) {
-  const Vec<A> w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3], w4 = w[4], w5 = w[5], w6 = w[6], w7 = w[7], w8 = w[8];
-  const A *top = rows[0], *middle = rows[1], *bottom = rows[2];
-  for (int64_t i = 0; i < vectors; ++i, top += step, middle += step, bottom += step, to += to_step) {
-    Vec<A> a = w0 * load(top - offset), b = w3 * load(middle - offset), c = w6 * load(bottom - offset);
-    a += w1 * load(top);
-    b += w4 * load(middle);
-    c += w7 * load(bottom);
-    a += w2 * load(top + offset);
-    b += w5 * load(middle + offset);
-    c += w8 * load(bottom + offset);
-    const Vec<A> sum = (a + b + c) + (kAdd ? load(to) : w[kTaps]);
-    if constexpr (kStream) {
-      stream(to, sum);
-    } else {
-      store(to, sum);
+__attribute__((noinline)) void filter_vectors(const TapRows<A>* from, int64_t count, int64_t c, int64_t offset,
+                                              const A* w, int64_t w_step, int64_t vectors, int64_t step, A* to,
+                                              int64_t to_row, int64_t to_step) {
+  const Vec<A> w0 = load(w), w1 = load(w + w_step), w2 = load(w + 2 * w_step), w3 = load(w + 3 * w_step),
+               w4 = load(w + 4 * w_step), w5 = load(w + 5 * w_step), w6 = load(w + 6 * w_step),
+               w7 = load(w + 7 * w_step), w8 = load(w + 8 * w_step), start = load(w + 9 * w_step);
+  for (int64_t row = 0; row < count; ++row, to += to_row) {
+    const A *top = from[row].top + c, *middle = from[row].middle + c, *bottom = from[row].bottom + c;
+    A* out = to;
+    for (int64_t i = 0; i < vectors; ++i, top += step, middle += step, bottom += step, out += to_step) {
+      Vec<A> p = kAdd ? load(out) : start, q = w3 * load(middle - offset), r = w6 * load(bottom - offset);
+      p += w0 * load(top - offset);
+      q += w4 * load(middle);
+      r += w7 * load(bottom);
+      p += w1 * load(top);
+      q += w5 * load(middle + offset);
+      r += w8 * load(bottom + offset);
+      p += w2 * load(top + offset);
+      const Vec<A> sum = p + q + r;
+      if constexpr (kStream) {
+        stream(out, sum);
+      } else {
+        store(out, sum);
+      }
     }
   }
 }
 
-// One row of one filter. channels_last: W pixels of `block` channels, `to_step` apart; otherwise W pixels, and vectors
-// reach up to kVectorSlack elements beyond.
+// Rows of one filter. channels_last: W pixels of `block` channels, `to_step` apart; otherwise W pixels, and vectors reach
+// up to kVectorSlack elements beyond. weight: [10][block], or [10] vectors of equal elements.
 template <bool kStream, bool kAdd, typename A>
-inline void filter_row(const A* const (&rows)[3], int64_t dilation, const A* weight, int64_t block, int64_t width,
-                       A* to, int64_t to_step) {
-  Vec<A> w[kTaps + 1];
+inline void filter_rows(const TapRows<A>* from, int64_t count, int64_t dilation, const A* weight, int64_t block,
+                        int64_t width, A* to, int64_t to_row, int64_t to_step) {
   if (block == 1) {
-    for (int64_t t = 0; t <= kTaps; ++t) w[t] = broadcast(weight[t]);
-    const int64_t vectors = (width + kLanes<A> - 1) / kLanes<A>;
-    filter_vectors<kStream, kAdd>(rows, dilation, w, vectors, kLanes<A>, to, kLanes<A>);
+    filter_vectors<kStream, kAdd>(from, count, 0, dilation, weight, kLanes<A>, (width + kLanes<A> - 1) / kLanes<A>,
+                                  kLanes<A>, to, to_row, kLanes<A>);
     return;
   }
-  for (int64_t c = 0; c < block; c += kLanes<A>) {
-    for (int64_t t = 0; t <= kTaps; ++t) w[t] = load(weight + t * block + c);
-    const A* const from[3] = {rows[0] + c, rows[1] + c, rows[2] + c};
-    filter_vectors<kStream, kAdd>(from, dilation * block, w, width, block, to + c, to_step);
-  }
+  for (int64_t c = 0; c < block; c += kLanes<A>)
+    filter_vectors<kStream, kAdd>(from, count, c, dilation * block, weight + c, block, width, block, to + c, to_row,
+                                  to_step);
 }
 
 // Rows that come one after the other in memory, on their way there: `stage` gathers them until they fill vectors.
@@ -134,7 +173,9 @@ template <typename T, typename A>
 class RowWriter {
  public:
   static constexpr int64_t kStaged = 2048;  // elements
-  static int64_t size(int64_t width) { return rounded_up(kStaged + width + kVectorSlack, kCacheLine); }
+  static int64_t size(int64_t width) {
+    return rounded_up(kStaged + chunk_rows(width, 1) * width + kVectorSlack, kCacheLine);
+  }
 
   void start(T* to, A* stage, bool streams) {
     to_ = to;
@@ -195,7 +236,7 @@ class UpsampleDepthwise {
       A* const rest = scratch + RowInterpolator<T, A>::scratch(a_, block_);
       PaddedRows<A> ring(a_.width, block_, reach_.rows, reach_.columns, rest);
       A* const weights = rest + PaddedRows<A>::size(a_.width, block_, reach_.rows, reach_.columns);
-      A* const stage = weights + d_.rates * (kTaps + 1) * block_;
+      A* const stage = weights + d_.rates * (kTaps + 1) * weight_lanes<A>(block_);
       for (int64_t i = first; i < last; ++i) {
         const int64_t begin = a_.height * (i % bands) / bands, end = a_.height * (i % bands + 1) / bands;
         const UpsampleUnit unit = units[i / bands];
@@ -221,10 +262,11 @@ class UpsampleDepthwise {
   static int64_t scratch_of_worker(const UpsampleDepthwiseArgs& a) {
     const FilterReach reach(a);
     const int64_t block = block_of(a.upsample), width = a.upsample.width;
-    const int64_t stage = a.upsample.last ? width * block : a.rates * RowWriter<T, A>::size(width);
+    const int64_t stage =
+        a.upsample.last ? chunk_rows(width, block) * width * block : a.rates * RowWriter<T, A>::size(width);
     return RowInterpolator<T, A>::scratch(a.upsample, block) +
            PaddedRows<A>::size(width, block, reach.rows, reach.columns) +
-           rounded_up(a.rates * (kTaps + 1) * block + stage + kVectorSlack, kCacheLine);
+           rounded_up(a.rates * (kTaps + 1) * weight_lanes<A>(block) + stage + kVectorSlack, kCacheLine);
   }
 
   bool streams_output() const {
@@ -237,18 +279,20 @@ class UpsampleDepthwise {
     return whole;
   }
 
-  // Calls f(y, r, rows) for rows begin .. end - 1 and all filters.
+  // Calls f(y, r, rows, count) for chunks of rows begin .. end - 1 and all filters.
   template <typename F>
-  void each_row(RowInterpolator<T, A>& source, PaddedRows<A>& ring, int64_t begin, int64_t end, const F& f) {
+  void each_chunk(RowInterpolator<T, A>& source, PaddedRows<A>& ring, int64_t begin, int64_t end, const F& f) {
+    const int64_t chunk = chunk_rows(a_.width, block_);
     int64_t next = larger<int64_t>(0, begin - reach_.rows);
-    for (int64_t y = begin; y < end; ++y) {
-      for (; next < a_.height && next <= y + reach_.rows; ++next)
+    for (int64_t y = begin; y < end; y += chunk) {
+      const int64_t count = smaller(chunk, end - y);
+      ring.move_to(y);
+      for (; next < a_.height && next < y + count + reach_.rows; ++next)
         source.template row<false>(next, block_, ring.at(next), block_);
       for (int64_t r = 0; r < d_.rates; ++r) {
-        const int64_t d = FilterReach::rows_of(d_, r);
-        const A* const rows[3] = {y - d < 0 ? ring.zeros() : ring.at(y - d), ring.at(y),
-                                  y + d >= a_.height ? ring.zeros() : ring.at(y + d)};
-        f(y, r, rows);
+        TapRows<A> rows[kMostChunk];
+        for (int64_t i = 0; i < count; ++i) rows[i] = ring.taps(y + i, FilterReach::rows_of(d_, r), a_.height);
+        f(y, r, rows, count);
       }
     }
   }
@@ -262,18 +306,19 @@ class UpsampleDepthwise {
   template <bool kStream>
   void band(RowInterpolator<T, A>& source, PaddedRows<A>& ring, const A* weights, const UpsampleUnit& unit,
             int64_t begin, int64_t end, A* stage) {
-    each_row(source, ring, begin, end, [&](int64_t y, int64_t r, const A* const(&rows)[3]) {
+    each_chunk(source, ring, begin, end, [&](int64_t y, int64_t r, const TapRows<A>* rows, int64_t count) {
       T* const to = output(r, unit) + y * a_.width * a_.channels;
       const A* const weight = weights + r * (kTaps + 1) * block_;
       const int64_t dilation = FilterReach::columns_of(d_, r);
       if constexpr (kSame<T, A>) {
         if (unit.n == block_) {
-          filter_row<kStream, false>(rows, dilation, weight, block_, a_.width, to, a_.channels);
+          filter_rows<kStream, false>(rows, count, dilation, weight, block_, a_.width, to, a_.width * a_.channels,
+                                      a_.channels);
           return;
         }
       }
-      filter_row<false, false>(rows, dilation, weight, block_, a_.width, stage, block_);
-      for (int64_t x = 0; x < a_.width; ++x) narrow_run(stage + x * block_, to + x * a_.channels, unit.n);
+      filter_rows<false, false>(rows, count, dilation, weight, block_, a_.width, stage, a_.width * block_, block_);
+      for (int64_t x = 0; x < count * a_.width; ++x) narrow_run(stage + x * block_, to + x * a_.channels, unit.n);
     });
   }
 
@@ -282,10 +327,11 @@ class UpsampleDepthwise {
     RowWriter<T, A> writers[kMostRates];
     for (int64_t r = 0; r < d_.rates; ++r)
       writers[r].start(output(r, unit) + begin * a_.width, stage + r * RowWriter<T, A>::size(a_.width), streams);
-    each_row(source, ring, begin, end, [&](int64_t, int64_t r, const A* const(&rows)[3]) {
-      filter_row<false, false>(rows, FilterReach::columns_of(d_, r), weights + r * (kTaps + 1), 1, a_.width,
-                               writers[r].next(), 1);
-      writers[r].wrote(a_.width);
+    each_chunk(source, ring, begin, end, [&](int64_t, int64_t r, const TapRows<A>* rows, int64_t count) {
+      filter_rows<false, false>(rows, count, FilterReach::columns_of(d_, r),
+                                weights + r * (kTaps + 1) * weight_lanes<A>(1), 1, a_.width, writers[r].next(),
+                                a_.width, 1);
+      writers[r].wrote(count * a_.width);
     });
     for (int64_t r = 0; r < d_.rates; ++r) writers[r].finish();
   }

@@ -36,8 +36,7 @@ inline Element check_floats(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Double: return Element::kDouble;
     case ScalarType::Half: return Element::kHalf;
     case ScalarType::BFloat16: return Element::kBFloat16;
-    default:
-      throw_error(op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", dtype_name(t));
+    default: throw_error(op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", dtype_name(t));
   }
 }
 
@@ -141,5 +140,43 @@ inline Tensor in_layout(const Tensor& t, bool last) {
 }
 
 inline Tensor dense(const Tensor& t, bool last) { return torch::stable::contiguous(t, format_of(last)); }
+
+// Without elements: gradients that are not wanted.
+inline Tensors empty_like_each(const Tensors& inputs) {
+  Tensors empty;
+  for (const Tensor& t : inputs) empty.push_back(torch::stable::new_empty(t, {0}));
+  return empty;
+}
+
+// [R, N, C, H, W] as [R * N, C, H, W], each image dense in the layout.
+inline Tensor dense_rates(const Tensor& t, bool last) {
+  return dense(torch::stable::reshape(t, {t.size(0) * t.size(1), t.size(2), t.size(3), t.size(4)}), last);
+}
+
+// ---- the arguments of _upsample_concat_depthwise_backward ----
+
+struct DepthwiseBackwardArguments {
+  Element type;
+  std::vector<Ints> sizes;
+  Tensor weight;
+};
+
+inline DepthwiseBackwardArguments check_depthwise_backward(const Tensor& grad, const Tensors& inputs,
+                                                           const Tensor& weight, const Ints& dilations) {
+  const char* op = kDepthwiseBackward;
+  const Element type = check_inputs(op, "inputs", inputs);
+  check_dilations(op, dilations);
+  std::vector<Ints> sizes;
+  int64_t channels = 0;
+  for (const Tensor& t : inputs) channels += sizes.emplace_back(sizes_of(t))[1];
+  const int64_t rates = int64_t(dilations.size());
+  PYSEG_CHECK(grad.dim() == 5 && grad.size(0) == rates && grad.size(1) == sizes[0][0] && grad.size(2) == channels, op,
+              ": grad must be ", Ints{rates, sizes[0][0], channels}, " and H, W, got ", grad.sizes());
+  PYSEG_CHECK(grad.scalar_type() == inputs[0].scalar_type(), op, ": grad must be ", dtype_name(inputs[0]),
+              " like the inputs, got ", dtype_name(grad));
+  check_side(op, "grad", grad.size(3), grad.size(4), sizes_of(grad));
+  check_same_device(op, "grad", grad, inputs[0]);
+  return {type, sizes, check_parameter(op, "weight", weight, {rates, channels, 3, 3}, inputs[0], type)};
+}
 
 }  // namespace pyseg::upsample

@@ -50,8 +50,45 @@ Tensor upsample_concat_depthwise(Tensors inputs, Tensor weight, std::optional<Te
   return result;
 }
 
+std::tuple<Tensors, Tensor, Tensor> upsample_concat_depthwise_backward(Tensor grad, Tensors inputs, Tensor weight,
+                                                                       Ints dilations, bool align_corners,
+                                                                       bool need_inputs, bool need_weight) {
+  const DepthwiseBackwardArguments checked = check_depthwise_backward(grad, inputs, weight, dilations);
+  const int64_t rates = int64_t(dilations.size());
+  CpuCall call(checked.type, checked.sizes, grad.size(3), grad.size(4), any_channels_last(inputs), align_corners, {});
+  UpsampleArgs& a = call.args;
+  Tensors grads = need_inputs ? call.new_gradients(checked.sizes, grad) : empty_like_each(inputs);
+  Tensor of_weight = torch::stable::new_zeros(checked.weight, need_weight ? Ints{rates, a.channels, 3, 3} : Ints{0});
+  Tensor of_shift = torch::stable::new_zeros(checked.weight, need_weight ? Ints{rates, a.channels} : Ints{0});
+  if (grad.numel() == 0 || !(need_inputs || need_weight)) return {grads, of_weight, of_shift};
+  const Tensor from = dense_rates(grad, a.last);
+  a.grad = from.data_ptr();
+  call.set_inputs(inputs);
+  UpsampleDepthwiseArgs d{};
+  d.upsample = a;
+  d.rates = rates;
+  d.dilation = dilations.data();
+  d.weight = checked.weight.data_ptr();
+  const Workers workers = workers_of(d, 2);
+  const int64_t bytes = upsample_kernels().depthwise_backward_scratch(d, workers.count);
+  const Workspace scratch(grad, bytes);
+  Tensor sums = torch::stable::new_empty(checked.weight, {need_weight ? a.images : 0, rates, a.channels, 10});
+  if (need_weight) d.sums = sums.data_ptr();
+  upsample_kernels().depthwise_backward(d, scratch.data, workers);
+  if (need_weight) {
+    const Tensor total = torch::stable::select(sums, 0, 0);
+    const Tensor taps = torch::stable::narrow(const_cast<Tensor&>(total), 2, 0, 9);
+    torch::stable::copy_(of_weight, torch::stable::reshape(taps, {rates, a.channels, 3, 3}));
+    torch::stable::copy_(of_shift, torch::stable::select(total, 2, 9));
+  }
+  return {grads, of_weight, of_shift};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) { m.impl("upsample_concat_depthwise", TORCH_BOX(&upsample_concat_depthwise)); }
+STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
+  m.impl("upsample_concat_depthwise", TORCH_BOX(&upsample_concat_depthwise));
+  m.impl("_upsample_concat_depthwise_backward", TORCH_BOX(&upsample_concat_depthwise_backward));
+}
 
 }  // namespace pyseg::upsample

@@ -41,7 +41,8 @@ struct UpsampleDepthwiseArgs {
   const void* weight;       // [R, C, 3, 3] of A, dense
   const void* scale;        // [R, C] of A, dense; or null
   const void* shift;        // the same
-  void* sums;               // [N, R, C, 10] of A: gradients of the nine taps and of the shift; or null
+  // [N, R, C, 10] of A: gradients of the nine taps and of the shift, of all images in the first; or null
+  void* sums;
 };
 
 struct UpsampleKernelTable {
@@ -51,6 +52,8 @@ struct UpsampleKernelTable {
   void (*concat_backward)(const UpsampleArgs&, void* scratch, const Workers&);
   int64_t (*depthwise_scratch)(const UpsampleDepthwiseArgs&, int64_t workers);
   void (*depthwise)(const UpsampleDepthwiseArgs&, void* scratch, const Workers&);
+  int64_t (*depthwise_backward_scratch)(const UpsampleDepthwiseArgs&, int64_t workers);
+  void (*depthwise_backward)(const UpsampleDepthwiseArgs&, void* scratch, const Workers&);
 };
 
 namespace baseline {
