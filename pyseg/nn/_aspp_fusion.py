@@ -5,6 +5,7 @@ the projection makes of it is a constant, too, which becomes part of the project
 3x3 projection sees zeros outside the map, so there the constant has nine values: corners, edges and the inside.)
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ class ASPPFusion(BlockFusion):
         memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         # All kernels work on channels_last: convert once, not for each branch.
         x = as_channels_last(x)
-        features = self._side_by_side([(branch, x) for branch in layers.branches])
+        features = self._side_by_side(layers.branches, itertools.repeat(x))
         constant = None if layers.pool is None else self._constant(layers, x, features.shape[1])
         return self._project(layers, features, constant, memory_format)
 

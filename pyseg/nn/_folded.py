@@ -215,21 +215,25 @@ class BlockFusion:
         return self._folded[name]
 
     def _side_by_side(
-        self, branches: list[tuple[list[Layer], Tensor]], memory_format: torch.memory_format = torch.channels_last
+        self,
+        chains: list[list[Layer]],
+        inputs: Iterator[Tensor],
+        memory_format: torch.memory_format = torch.channels_last,
     ) -> Tensor:
-        """The results of all branches, each from its own input, as one tensor that they write into."""
+        """The results of all chains of layers, each from its own input, as one tensor that they write into."""
         if torch.compiler.is_compiling():  # in graphs a concatenation, and memory, is left to the compiler
-            results = [self._chain(index, layers, x) for index, (layers, x) in enumerate(branches)]
-            return torch.cat(results, 1)
-        _, first = branches[0]
-        widths = [layers[-1].conv.out_channels for layers, _ in branches]
-        shape = (first.shape[0], sum(widths), *first.shape[2:])
-        dtype = result_dtype(first)
-        whole = torch.empty(shape, dtype=dtype, device=first.device, memory_format=memory_format)
-        parts = torch.split(whole, widths, 1)
+            return torch.cat([self._chain(i, layers, next(inputs)) for i, layers in enumerate(chains)], 1)
+        widths = [layers[-1].conv.out_channels for layers in chains]
+        parts: tuple[Tensor, ...] = ()
         between: dict[tuple[int, int], Tensor] = {}
-        for index, ((layers, x), part) in enumerate(zip(branches, parts, strict=True)):
-            self._chain(index, layers, x, between, part)
+        for index, layers in enumerate(chains):
+            x = next(inputs)
+            if not parts:
+                shape = (x.shape[0], sum(widths), *x.shape[2:])
+                whole = torch.empty(shape, dtype=result_dtype(x), device=x.device, memory_format=memory_format)
+                parts = torch.split(whole, widths, 1)
+            self._chain(index, layers, x, between, parts[index])
+            del x  # before the next input is made, which can then lie in the same memory
         return whole
 
     def _chain(

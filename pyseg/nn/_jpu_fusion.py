@@ -1,6 +1,6 @@
 """Eval mode of joint pyramid upsampling: batch norms folded, results written into their channels of one tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,25 +77,39 @@ class JPUFusion(BlockFusion):
         ]
         filtered = self._filtered(layers.depthwise, maps, align_corners)
         memory_format = torch.channels_last if is_channels_last(finest) else torch.contiguous_format
-        pointwise = [([layer], x) for layer, x in zip(layers.pointwise, filtered, strict=True)]
-        return self._side_by_side(pointwise, memory_format).contiguous(memory_format=memory_format)
+        result = self._side_by_side([[layer] for layer in layers.pointwise], filtered, memory_format)
+        return result.contiguous(memory_format=memory_format)
 
-    def _filtered(self, layers: list[Layer], maps: list[Tensor], align_corners: bool) -> Sequence[Tensor]:
+    def _filtered(self, layers: list[Layer], maps: list[Tensor], align_corners: bool) -> Iterator[Tensor]:
         """The depthwise layers' results on the maps, interpolated to the last one's size and concatenated."""
-        size = maps[-1].shape[2:]
+        height, width = maps[-1].shape[2:]
         if maps[0].device.type not in _FUSED_ON:
-            maps = [
-                *(F.interpolate(m, size, mode="bilinear", align_corners=align_corners) for m in maps[:-1]),
-                maps[-1],
+            resized = [
+                F.interpolate(m, (height, width), mode="bilinear", align_corners=align_corners) for m in maps[:-1]
             ]
-            features = torch.cat(maps, 1)
-            return [self._layer(f"depthwise {i}")(layer, features) for i, layer in enumerate(layers)]
+            features = torch.cat([*resized, maps[-1]], 1)
+            for index, layer in enumerate(layers):
+                yield self._layer(f"depthwise {index}")(layer, features)
+            return
         weight, scale, shift = self._filters(layers)
         dilations = [layer.conv.dilation[0] for layer in layers]
-        result = upsample_concat_depthwise(
-            maps, weight, dilations, scale=scale, shift=shift, size=(size[0], size[1]), align_corners=align_corners
-        )
-        return result.unbind(0)
+        # On the CPU one rate at a time: its result is still in the cache when the product reads it, and fresh memory
+        # for all four would cost more time than the filters.
+        step = 1 if maps[0].is_cpu else len(layers)
+        for start in range(0, len(layers), step):
+            part = slice(start, start + step)
+            results = upsample_concat_depthwise(
+                maps,
+                weight[part],
+                dilations[part],
+                scale=scale[part],
+                shift=shift[part],
+                size=(height, width),
+                align_corners=align_corners,
+            )
+            for index in range(results.shape[0]):
+                yield results[index]
+            del results  # its memory is the next one's
 
     def _filters(self, layers: list[Layer]) -> tuple[Tensor, Tensor, Tensor]:
         """Weights [R, C, 3, 3], scales and shifts [R, C] of all rates."""
