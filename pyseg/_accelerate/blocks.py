@@ -20,7 +20,7 @@ Methods = dict[str, Callable[..., Any]]
 def block_methods(kind: type[nn.Module]) -> tuple[str, Methods]:
     """What a class of this name is, and the methods that change; nothing for other classes."""
     make = _BLOCKS.get(kind.__name__)
-    return ("", {}) if make is None or kind.__module__.startswith("pyseg.") else make(kind)
+    return ("", {}) if make is None or kind.__module__.startswith(("pyseg.nn", "pyseg._accelerate")) else make(kind)
 
 
 def fits_block(module: nn.Module) -> bool:

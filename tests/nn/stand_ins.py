@@ -1,7 +1,4 @@
-"""Blocks of libraries that are not installed here, by their names, structure and state_dict keys.
-
-mmsegmentation's heads with mmcv's convolutions, and FastFCN's JPU.
-"""
+"""mmsegmentation's heads with mmcv's convolutions, which are not installed here: by their names, structure and keys."""
 
 import torch
 import torch.nn.functional as F
@@ -115,38 +112,3 @@ class DepthwiseSeparableASPPHead(ASPPHead):
             fine = self.c1_bottleneck(inputs[0])
             output = torch.cat([resize(output, fine.shape[2:]), fine], 1)
         return self.cls_seg(self.sep_bottleneck(output))
-
-
-class SeparableConv2d(nn.Module):
-    """FastFCN: depthwise, batch norm, pointwise."""
-
-    def __init__(self, c_in, c_out, rate):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_in, 3, 1, rate, rate, groups=c_in, bias=False)
-        self.bn = nn.BatchNorm2d(c_in)
-        self.pointwise = nn.Conv2d(c_in, c_out, 1, bias=False)
-
-    def forward(self, x):
-        return self.pointwise(self.bn(self.conv1(x)))
-
-
-class JPU(nn.Module):
-    """FastFCN: joint pyramid upsampling."""
-
-    def __init__(self, in_channels, width=512):
-        super().__init__()
-        self.up_kwargs = {"mode": "bilinear", "align_corners": True}
-        for name, channels in zip(("conv5", "conv4", "conv3"), reversed(in_channels[-3:]), strict=True):
-            conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-            self.add_module(name, nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
-        for index, rate in enumerate((1, 2, 4, 8), start=1):
-            conv = SeparableConv2d(3 * width, width, rate)
-            self.add_module(f"dilation{index}", nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
-
-    def forward(self, *inputs):
-        feats = [self.conv5(inputs[-1]), self.conv4(inputs[-2]), self.conv3(inputs[-3])]
-        size = feats[-1].shape[2:]
-        feats[:2] = [F.interpolate(f, size, **self.up_kwargs) for f in feats[:2]]
-        feat = torch.cat(feats, 1)
-        rates = (self.dilation1, self.dilation2, self.dilation3, self.dilation4)
-        return inputs[0], inputs[1], inputs[2], torch.cat([rate(feat) for rate in rates], 1)

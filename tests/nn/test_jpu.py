@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 from blocks import assert_close, assert_ran, settle
-from stand_ins import JPU as FastFCNJPU
 from torch import nn
 
 from pyseg.nn import JPU, checkpoints
+from pyseg.reference.jpu import JPU as FastFCNJPU
 
 CHANNELS = (3, 4, 6, 8)
 
