@@ -6,7 +6,7 @@
 The network is torchvision's ResNet-50 as it is (strides 4, 8, 16, 32), `pyseg.nn.JPU` on its last three maps, and an
 FCN or ASPP head: FastFCN (Wu et al. 2019, 1903.11816). It learns from scratch to tell discs, squares, triangles and
 rings apart, which are drawn over noise, each in shades of its colour. Then it is accelerated and timed in inference,
-beside itself as it was and beside torchvision's dilated network with the same kind of head. Writes a picture of a scene.
+beside itself as it was and beside a dilated ResNet-50 with the same kind of head. Writes a picture of a scene.
 """
 
 import argparse

@@ -92,7 +92,8 @@ def _modules(shape: Shape, device: str = "cpu") -> tuple[nn.Module, nn.Module, T
     with torch.device(device):
         theirs = _separable() if shape.separable else _dense()
         ours = ASPP(CHANNELS, RATES, separable=shape.separable, dropout=0.0)
-        x = torch.randn(shape.batch, CHANNELS, shape.size, shape.size).relu()
+        # Images differ in brightness and colour: with equal means the pooled branch would normalise rounding errors.
+        x = torch.randn(shape.batch, CHANNELS, shape.size, shape.size).relu() * torch.rand(shape.batch, CHANNELS, 1, 1)
     ours.load_state_dict(theirs.state_dict())
     return theirs.train(shape.training), ours.train(shape.training), x
 
@@ -125,12 +126,13 @@ def _training(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | N
     leaf, parameters = x.detach().requires_grad_(), list(module.parameters())
     generator = torch.Generator().manual_seed(1)
 
+    run = module if call is None else call
+    gradient = torch.randn(run(leaf).shape, generator=generator)
+
     def step() -> list[Tensor]:
-        y = (call or module)(leaf)
+        y = run(leaf)
         return [y, *torch.autograd.grad(y, [leaf, *parameters], gradient.to(y))]
 
-    shape = (module if call is None else call)(leaf).shape
-    gradient = torch.randn(shape, generator=generator)
     return Prepared(step)
 
 

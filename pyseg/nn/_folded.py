@@ -106,15 +106,23 @@ def has_hooks(module: nn.Module | None) -> bool:
 
 def can_fold(block: nn.Module, *inputs: Tensor) -> bool:
     """Whether a call may leave out the block's submodules: eval mode, no gradients, nobody who listens in."""
-    if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
-        return False
     if block.training or any(m.training or has_hooks(m) for m in block.modules() if m is not block):
         return False
-    if torch.is_grad_enabled():
-        tensors = (*inputs, *block.parameters())
-        if any(tensor.requires_grad for tensor in tensors):
-            return False
+    tensors = (*inputs, *block.parameters())
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if not torch.compiler.is_compiling() and not _is_eager(*tensors):
+        return False
     return all(x.dim() == 4 and x.numel() > 0 and x.is_floating_point() for x in inputs)
+
+
+def _is_eager(*tensors: Tensor) -> bool:
+    """Plain tensors outside torch.fx, torch.jit and torch.func, which do not know writing into `out`."""
+    if torch.fx._symbolic_trace.is_fx_symbolic_tracing() or torch._C._is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
 
 def result_dtype(input: Tensor) -> torch.dtype:

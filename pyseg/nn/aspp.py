@@ -96,7 +96,7 @@ class ImagePooling(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         pooled: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
-        return pooled.expand(-1, -1, *input.shape[2:])
+        return pooled.expand(-1, -1, input.shape[2], input.shape[3])
 
 
 class ASPPSum(nn.Module):

@@ -338,6 +338,22 @@ def test_export(strict):
     assert set(program.state_dict) == set(ours.state_dict())
 
 
+@torch.no_grad()
+def test_other_ways_to_run():
+    """What traces or transforms a call gets the submodules one by one."""
+    theirs, ours = pair("torchvision")
+    x = torch.randn(3, 6, 9, 8)
+    expected = theirs(x)
+    assert_close(torch.func.vmap(lambda each: ours(each[None])[0])(x), expected)
+    assert_close(torch.jit.trace(ours, x)(x), expected)
+    assert_close(torch.fx.symbolic_trace(ours)(x), expected)
+    parameters = {name: 2 * p for name, p in ours.named_parameters()}
+    for module in (theirs, ours):
+        twice = torch.func.functional_call(module, parameters, (x,))
+        assert_close(twice, torch.func.functional_call(copy.deepcopy(theirs), parameters, (x,)))
+    assert_close(ours(x), expected)
+
+
 def test_accelerate_keeps_it():
     ours = settle(nn.Sequential(ASPP(6, (2, 3), 8)))
     x = torch.randn(2, 6, 9, 8)
