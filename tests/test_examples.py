@@ -230,6 +230,32 @@ def test_unet_trains(tmp_path):
         assert message in done.stderr
 
 
+def test_fastfcn(tmp_path):
+    pytest.importorskip("torchvision")
+    out = tmp_path / "shapes.png"
+    done = run_other("fastfcn.py", "--head", "aspp", "--steps", 6, "--size", 96, "--threads", 1, "-o", out)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.search(r"mean IoU (\S+) before, (\S+) after", done.stdout).groups())
+    assert before < after <= 1
+    assert re.search(r"FastFCN, accelerated +\d+", done.stdout)
+    difference = re.search(r"outputs differ by (\S+) of", done.stdout)[1]
+    assert float(difference) <= 1e-4
+    with Image.open(out) as picture:
+        assert picture.width > 1000
+
+
+def test_fastfcn_errors(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    fastfcn = importlib.import_module("fastfcn")
+    for arguments, message in (
+        (["--steps", "1"], "--steps must be at least 2"),
+        (["-o", "shapes.jpg"], "-o must end in .png, got shapes.jpg"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["fastfcn.py", *arguments])
+        assert fastfcn.main() == 2
+        assert message in capsys.readouterr().err
+
+
 def test_display_instances():
     from pyseg.visualize import display_instances
 

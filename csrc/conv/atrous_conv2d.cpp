@@ -19,4 +19,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
       "int groups, bool exact, bool allow_tf32, bool need_input, bool need_weight) -> (Tensor, Tensor)");
   // A dense weight rearranged for the kernels of the device it lies on.
   m.def("_atrous_conv2d_pack(Tensor weight) -> Tensor");
+  // A copy of a map in channels_last, for callers that run several convolutions on it. CPU, float32 and float64.
+  m.def("_to_channels_last(Tensor input) -> Tensor");
 }

@@ -19,6 +19,7 @@ using OptTensor = std::optional<torch::stable::Tensor>;
 constexpr const char* kForward = "atrous_conv2d";
 constexpr const char* kBackward = "_atrous_conv2d_backward";
 constexpr const char* kPack = "_atrous_conv2d_pack";
+constexpr const char* kToChannelsLast = "_to_channels_last";
 
 constexpr int64_t kMaxCoordinate = int64_t{1} << 29;
 

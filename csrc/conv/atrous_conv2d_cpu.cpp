@@ -62,21 +62,38 @@ int64_t stride(const Tensor& t, int dim, int64_t unused) { return t.size(dim) ==
 bool has_channels_together(const Tensor& t) { return stride(t, 1, 1) == 1; }
 bool has_pixels_together(const Tensor& t) { return stride(t, 3, 1) == 1; }
 
+// Images are contiguous in themselves, in either format; in a channel slice of a larger tensor there is a gap behind
+// each.
 template <typename T>
 void transpose_map(const Tensor& from, const Tensor& to, bool to_channels_last) {
-  const int64_t c = from.size(1), pixels = from.size(2) * from.size(3);
+  const int64_t n = from.size(0), c = from.size(1), pixels = from.size(2) * from.size(3);
   const int64_t rows = to_channels_last ? c : pixels, columns = to_channels_last ? pixels : c;
-  kernels<T>().transpose(data<T>(from), data<T>(to), from.size(0), rows, columns, workers_for(double(from.numel())));
+  const Workers workers = workers_for(double(from.numel()));
+  if (n == 1 || to.stride(0) == c * pixels) {
+    kernels<T>().transpose(data<T>(from), data<T>(to), n, rows, columns, workers);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i)
+    kernels<T>().transpose(data<T>(from) + i * c * pixels, data<T>(to) + i * to.stride(0), 1, rows, columns, workers);
+}
+
+bool has_planes_together(const Tensor& t) {
+  const int64_t pixels = t.size(2) * t.size(3);
+  return has_pixels_together(t) && stride(t, 2, t.size(3)) == t.size(3) && stride(t, 1, pixels) == pixels;
+}
+
+template <typename T>
+Tensor channels_last_copy(const Tensor& t) {
+  Tensor from = torch::stable::contiguous(t);
+  Tensor copy = new_map(t, sizes_of(t), true);
+  transpose_map<T>(from, copy, true);
+  return copy;
 }
 
 // The map itself where its channels lie side by side, else a copy.
 template <typename T>
 Tensor as_channels_last(const Tensor& t) {
-  if (has_channels_together(t)) return t;
-  Tensor from = torch::stable::contiguous(t);
-  Tensor copy = new_map(t, sizes_of(t), true);
-  transpose_map<T>(from, copy, true);
-  return copy;
+  return has_channels_together(t) ? t : channels_last_copy<T>(t);
 }
 
 Tensor as_contiguous_map(const Tensor& t) { return has_pixels_together(t) ? t : torch::stable::contiguous(t); }
@@ -228,7 +245,7 @@ void run_dense(ConvGeometry g, const Tensor& input, Weight<T> weight, const Tens
     kernels<T>().direct(args, workers);
   }
   if (!direct_out) {
-    if (out.is_contiguous()) {
+    if (has_planes_together(out)) {
       transpose_map<T>(y, out, false);
     } else {
       torch::stable::copy_(const_cast<Tensor&>(out), y);
@@ -450,6 +467,15 @@ Tensor atrous_conv2d_pack(Tensor weight) {
   return is_16_bit(weight) ? torch::stable::to(packed, weight.scalar_type()) : packed;
 }
 
+Tensor to_channels_last(Tensor input) {
+  const ScalarType type = input.scalar_type();
+  PYSEG_CHECK(input.dim() == 4, kToChannelsLast, ": input must be [N, C, H, W], got ", input.sizes());
+  PYSEG_CHECK(type == ScalarType::Float || type == ScalarType::Double, kToChannelsLast,
+              ": input must be float32 or float64, got torch.", torch::headeronly::toString(type));
+  if (input.numel() == 0) return new_map(input, sizes_of(input), true);
+  return type == ScalarType::Double ? channels_last_copy<double>(input) : channels_last_copy<float>(input);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
@@ -457,6 +483,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
   m.impl("atrous_conv2d_out", TORCH_BOX(&atrous_conv2d_out));
   m.impl("_atrous_conv2d_backward", TORCH_BOX(&atrous_conv2d_backward));
   m.impl("_atrous_conv2d_pack", TORCH_BOX(&atrous_conv2d_pack));
+  m.impl("_to_channels_last", TORCH_BOX(&to_channels_last));
 }
 
 }  // namespace pyseg::atrous

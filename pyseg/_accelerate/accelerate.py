@@ -31,6 +31,9 @@ def accelerate(
     their batch norms multiplied into the weights. What follows what is read off the forwards of the model's modules by
     torch.fx; a module whose forward cannot be followed keeps its batch norms. In training mode nothing is folded.
 
+    Blocks that are recognised by name and structure run as a whole in eval mode: ASPP (torchvision,
+    segmentation-models-pytorch, mmsegmentation's heads) and JPU (FastFCN), see pyseg.nn.ASPP and pyseg.nn.JPU.
+
     Of detectors also changes, where they are faster: RoIAlign and its pyramids (torchvision's MultiScaleRoIAlign and
     RoIAlign, detectron2's ROIPooler and ROIAlign, mmcv's RoIAlign), the non-maximum suppression, mask pasting and mask
     targets in the methods of torchvision's detectors, and detectron2's suppression. They are recognised by name and

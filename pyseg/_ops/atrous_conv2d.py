@@ -29,6 +29,7 @@ _FORWARD = torch.ops.pyseg.atrous_conv2d.default
 _OUT = torch.ops.pyseg.atrous_conv2d_out.default
 _BACKWARD = torch.ops.pyseg._atrous_conv2d_backward.default
 _PACK = torch.ops.pyseg._atrous_conv2d_pack.default
+_TO_CHANNELS_LAST = torch.ops.pyseg._to_channels_last.default
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Devices whose kernels are in this installation: a CPU-only build leaves CUDA tensors to torch.
@@ -217,6 +218,17 @@ torch.library.register_fake(_FORWARD, _fake_forward)
 torch.library.register_fake(_OUT, _fake_out)
 torch.library.register_fake(_BACKWARD, _fake_backward)
 torch.library.register_fake(_PACK, _fake_pack)
+torch.library.register_fake(_TO_CHANNELS_LAST, lambda input: _empty(list(input.shape), input, torch.channels_last))
+
+
+def as_channels_last(input: Tensor) -> Tensor:
+    """A map [N, C, H, W] itself where it is channels_last, else a copy, without gradients on the CPU."""
+    if input.is_contiguous(memory_format=torch.channels_last):
+        return input
+    if not input.is_cpu or input.dtype not in (torch.float32, torch.float64):
+        return input.contiguous(memory_format=torch.channels_last)
+    copied: Tensor = _TO_CHANNELS_LAST(input)
+    return copied
 
 
 # ---- autograd ----

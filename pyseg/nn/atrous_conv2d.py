@@ -134,20 +134,7 @@ class AtrousConv2d(nn.Conv2d):
         if self._folded is None or not self.applies_folded:
             return None, None, False
         bn, relu = self._folded
-        if bn is None:
-            return None, None, relu
-        mean, variance, gamma, beta, eps = bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
-        assert mean is not None  # fold_batch_norm has checked
-        assert variance is not None
-
-        def affine() -> tuple[Tensor, Tensor]:
-            scale = torch.rsqrt(variance + eps)
-            scale = scale if gamma is None else scale * gamma
-            shift = -mean * scale if beta is None else beta - mean * scale
-            return scale.to(dtype), shift.to(dtype)
-
-        tensors = tuple(tensor for tensor in (mean, variance, gamma, beta) if tensor is not None)
-        return *self._affine.get(tensors, (dtype, eps), affine), relu
+        return (None, None, relu) if bn is None else (*batch_norm_affine(bn, dtype, self._affine), relu)
 
     # ---- packed weight ----
 
@@ -167,21 +154,7 @@ class AtrousConv2d(nn.Conv2d):
         return super().train(mode)
 
     def _packed_weight(self, weight: Tensor) -> Tensor | None:
-        if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
-            return None
-        device = weight.device.type
-        if self.groups != 1 or self._why_torch(weight):
-            return None
-        if torch.is_grad_enabled() and weight.requires_grad:
-            if not torch.compiler.is_compiling():
-                self._packed.retire((weight,))
-            return None  # a training step changes it anyway
-        dtype = weight.dtype
-        if dtype != torch.float64 and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        pack = torch.ops.pyseg._atrous_conv2d_pack
-        packed: Tensor = self._packed.get((weight,), dtype, lambda: pack(weight.detach().to(dtype)))
-        return packed
+        return packed_weight(self, weight, self._packed)
 
     # ---- forward ----
 
@@ -228,7 +201,7 @@ class AtrousConv2d(nn.Conv2d):
             expected = f"[N, {self.in_channels}, H, W] or [{self.in_channels}, H, W]"
             raise RuntimeError(f"AtrousConv2d: input_shape must be {expected}, got {list(input_shape)}")
         weight, device = self.weight, self.weight.device.type
-        reason = self._why_torch(weight)
+        reason = why_torch_runs(self, weight)
         if reason:
             return AtrousConv2dPlan("torch", reason, {})
         batch = input_shape[0] if len(input_shape) == 4 else 1
@@ -263,16 +236,47 @@ class AtrousConv2d(nn.Conv2d):
             return self.padding
         return self.dilation if self.kernel_size == (3, 3) else (0, 0)
 
-    def _why_torch(self, weight: Tensor) -> str:
-        return why_torch(
-            weight,
-            self.stride,
-            self._zero_padding(),
-            self.groups,
-            self.in_channels,
-            weight.dtype,
-            weight.device.type,
-        )
+
+def why_torch_runs(conv: nn.Conv2d, weight: Tensor) -> str:
+    """Why a convolution with this weight is not for our kernels but for torch's; empty if it is for ours."""
+    padding = conv.padding if conv.padding_mode == "zeros" else (0, 0)  # other modes pad before the convolution
+    return why_torch(weight, conv.stride, padding, conv.groups, conv.in_channels, weight.dtype, weight.device.type)
+
+
+def batch_norm_affine(bn: nn.BatchNorm2d, dtype: torch.dtype, cache: Cached) -> tuple[Tensor, Tensor]:
+    """What a batch norm with running statistics does in eval mode, as scale and shift of each channel; cached."""
+    mean, variance, gamma, beta, eps = bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
+    assert mean is not None  # the callers have checked
+    assert variance is not None
+
+    def affine() -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(variance + eps)
+        scale = scale if gamma is None else scale * gamma
+        shift = -mean * scale if beta is None else beta - mean * scale
+        return scale.to(dtype), shift.to(dtype)
+
+    tensors = tuple(tensor for tensor in (mean, variance, gamma, beta) if tensor is not None)
+    result: tuple[Tensor, Tensor] = cache.get(tensors, (dtype, eps), affine)
+    return result
+
+
+def packed_weight(conv: nn.Conv2d, weight: Tensor, cache: Cached) -> Tensor | None:
+    """`weight` in the kernels' layout, cached; None where a call packs it for itself or takes it as it is."""
+    if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+        return None
+    device = weight.device.type
+    if conv.groups != 1 or why_torch_runs(conv, weight):
+        return None
+    if torch.is_grad_enabled() and weight.requires_grad:
+        if not torch.compiler.is_compiling():
+            cache.retire((weight,))
+        return None  # a training step changes it anyway
+    dtype = weight.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    pack = torch.ops.pyseg._atrous_conv2d_pack
+    packed: Tensor = cache.get((weight,), dtype, lambda: pack(weight.detach().to(dtype)))
+    return packed
 
 
 def _cuda_plan(weight: Tensor, groups: int) -> AtrousConv2dPlan:
