@@ -77,7 +77,7 @@ def _case(shape: Shape) -> Case:
         params={"input": [shape.batch, CHANNELS, shape.size, shape.size], "rates": list(RATES), "dtype": "float32"},
         baseline=BASELINE,
         # Batch statistics of few pixels (the pooled branch has one an image) enlarge rounding errors in gradients.
-        tolerance=1e-3 if shape.training else 2e-5,
+        tolerance=2e-4 if shape.training else 2e-5,
         least=lambda: _least(shape),
         inference=not shape.training,
         quick=shape.quick,

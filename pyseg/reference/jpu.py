@@ -1,6 +1,7 @@
 """Joint pyramid upsampling as FastFCN's authors have it: in torch's modules, under their names."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class JPU(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], width: int = 512) -> None:
         super().__init__()
-        self.up_kwargs = {"mode": "bilinear", "align_corners": True}
+        self.up_kwargs: dict[str, Any] = {"mode": "bilinear", "align_corners": True}
         for name, channels in zip(("conv5", "conv4", "conv3"), reversed(in_channels[-3:]), strict=True):
             conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
             self.add_module(name, nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
@@ -37,8 +38,7 @@ class JPU(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         conv5, conv4, conv3 = (self.get_submodule(name) for name in ("conv5", "conv4", "conv3"))
         x5, x4, x3 = conv5(inputs[-1]), conv4(inputs[-2]), conv3(inputs[-3])
-        size, corners = x3.shape[2:], bool(self.up_kwargs["align_corners"])
-        x5, x4 = (F.interpolate(x, size, mode="bilinear", align_corners=corners) for x in (x5, x4))
+        x5, x4 = (F.interpolate(x, x3.shape[2:], **self.up_kwargs) for x in (x5, x4))
         features = torch.cat([x5, x4, x3], 1)
         results = [self.get_submodule(f"dilation{index}")(features) for index in range(1, 5)]
         return inputs[0], inputs[1], inputs[2], torch.cat(results, 1)
