@@ -19,8 +19,8 @@ void launch_forward(const CudaCall& call, int l, T* output, const CudaLaunches& 
     whole = whole && (stride % kVec == 0);
   const auto launch = [&](auto kernel, int vector) {
     const GridShape shape = call.shape_of(map, a.width, vector, (a.height + kStrip - 1) / kStrip);
-    kernel<<<call.blocks_of(shape), dim3(kFast, kSlow), 0, launches.stream()>>>(map, shape, a.channels, a.height,
-                                                                                a.width, output);
+    kernel<<<call.blocks_of(shape), kThreadsOfBlock, 0, launches.stream()>>>(map, shape, a.channels, a.height, a.width,
+                                                                             output);
     launches.check(cudaGetLastError());
   };
   if (!call.last) {

@@ -15,11 +15,11 @@
 
 namespace pyseg::upsample {
 
-constexpr int kFast = 32, kSlow = 4;  // threads of a block: along memory, and across
-constexpr int kStrip = 8;             // rows of the output that a thread walks
+constexpr int kThreadsOfBlock = 128;
+constexpr int kStrip = 8;  // rows of the output that a thread walks
 constexpr int kTapThreads = 128;
 constexpr int kVectorBytes = 16;
-static_assert(kFast == 32, "a warp stores whole sectors");
+constexpr int kReaders = 8;  // columns of the gradient whose weights are kept
 
 template <typename A>
 struct TapTable {
@@ -68,33 +68,34 @@ __device__ __forceinline__ void store_elements(const A (&from)[kVec], T* to) {
   }
 }
 
-// Grid: blocks of (elements along memory, across, strips, images), one after the other.
+// Grid: blocks of an image's row of columns x channels as they lie in memory, strips of rows, images, one after the
+// other.
 struct GridShape {
-  int64_t fast, slow, strips;  // blocks of each
+  int inner, items;  // columns or vectors of channels, whichever is innermost; all of a row
+  int64_t blocks, strips;
 };
 struct GridPlace {
-  int64_t fast, slow, strip, image;
+  int column, vector;
+  int64_t strip, image;
+  bool inside;
 };
+template <bool kLast>
 __device__ __forceinline__ GridPlace place_in(const GridShape& shape) {
   int64_t rest = blockIdx.x;
-  GridPlace place;
-  place.fast = rest % shape.fast * kFast + threadIdx.x;
-  rest /= shape.fast;
-  place.slow = rest % shape.slow * kSlow + threadIdx.y;
-  rest /= shape.slow;
-  place.strip = rest % shape.strips;
-  place.image = rest / shape.strips;
-  return place;
+  const int item = int(rest % shape.blocks) * kThreadsOfBlock + int(threadIdx.x);
+  rest /= shape.blocks;
+  const int outer = item / shape.inner, inner = item % shape.inner;
+  return {kLast ? outer : inner, kLast ? inner : outer, rest % shape.strips, rest / shape.strips, item < shape.items};
 }
 
 template <typename T, bool kLast, int kVec>
-__global__ void __launch_bounds__(kFast* kSlow)
+__global__ void __launch_bounds__(kThreadsOfBlock)
     upsample_forward(const __grid_constant__ CudaMap map, GridShape shape, int64_t channels, int64_t height,
                      int64_t width, T* output /* [N, C, H, W] */) {
   using A = Accumulator<T>;
-  const GridPlace at = place_in(shape);
-  const int64_t x = kLast ? at.slow : at.fast, c = kLast ? at.fast * kVec : at.slow;
-  if (x >= width || c >= map.channels) return;
+  const GridPlace at = place_in<kLast>(shape);
+  if (!at.inside) return;
+  const int64_t x = at.column, c = int64_t(at.vector) * kVec;
   const auto* rows = static_cast<const CudaTap<A>*>(map.rows);
   const CudaTap<A> column = static_cast<const CudaTap<A>*>(map.columns)[x];
   const T* const from = static_cast<const T*>(map.input) + at.image * map.image_stride + c * map.channel_stride;
@@ -161,38 +162,45 @@ __device__ __forceinline__ Readers readers_of(const Axis& axis, int64_t i) {
   return readers;
 }
 
-// S: of the gradient, which is of the map's own channels only where `own`.
+// S: of the gradient, whose channels from first_channel on are the map's.
 template <typename T, typename S, bool kLast, int kVec>
-__global__ void __launch_bounds__(kFast* kSlow)
+__global__ void __launch_bounds__(kThreadsOfBlock)
     upsample_gather(const __grid_constant__ CudaMap map, GridShape shape, const S* grad /* [N, C, H, W] */,
                     int64_t grad_channels, int64_t first_channel, int64_t height, int64_t width) {
   using A = Accumulator<T>;
-  const GridPlace at = place_in(shape);
-  const int64_t j = kLast ? at.slow : at.fast, c = kLast ? at.fast * kVec : at.slow, i = at.strip;
-  if (j >= map.width || c >= map.channels) return;
+  const GridPlace at = place_in<kLast>(shape);
+  if (!at.inside) return;
+  const int64_t j = at.column, c = int64_t(at.vector) * kVec, i = at.strip;
   const auto* rows = static_cast<const CudaTap<A>*>(map.rows);
   const auto* columns = static_cast<const CudaTap<A>*>(map.columns);
   const int64_t pixel = kLast ? grad_channels : 1, channel = first_channel + c;
   const S* const from = grad + at.image * grad_channels * height * width + (kLast ? channel : channel * height * width);
   const Readers y_readers = readers_of(map.row_axis, i), x_readers = readers_of(map.column_axis, j);
 
+  const auto weight_of = [](const CudaTap<A>& tap, int64_t k) {
+    return (tap.low == k ? A(1) - tap.weight : A(0)) + (tap.high == k ? tap.weight : A(0));
+  };
   A sum[kVec] = {};
-  for (int64_t y = y_readers.first; y <= y_readers.last; ++y) {
-    const CudaTap<A> row = rows[y];
-    if (row.low != i && row.high != i) continue;
-    const A row_weight = (row.low == i ? A(1) - row.weight : A(0)) + (row.high == i ? row.weight : A(0));
-    A part[kVec] = {};
-    for (int64_t x = x_readers.first; x <= x_readers.last; ++x) {
-      const CudaTap<A> column = columns[x];
-      if (column.low != j && column.high != j) continue;
-      const A weight = (column.low == j ? A(1) - column.weight : A(0)) + (column.high == j ? column.weight : A(0));
-      A g[kVec];
-      load_elements<kVec>(from + (y * width + x) * pixel, g);
+  for (int64_t first = x_readers.first; first <= x_readers.last; first += kReaders) {
+    A weight[kReaders];
 #pragma unroll
-      for (int v = 0; v < kVec; ++v) part[v] += weight * g[v];
+    for (int k = 0; k < kReaders; ++k)
+      weight[k] = first + k <= x_readers.last ? weight_of(columns[first + k], j) : A(0);
+    for (int64_t y = y_readers.first; y <= y_readers.last; ++y) {
+      const A row_weight = weight_of(rows[y], i);
+      if (row_weight == A(0)) continue;
+      A part[kVec] = {};
+#pragma unroll
+      for (int k = 0; k < kReaders; ++k) {
+        if (weight[k] == A(0)) continue;
+        A g[kVec];
+        load_elements<kVec>(from + (y * width + first + k) * pixel, g);
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) part[v] += weight[k] * g[v];
+      }
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) sum[v] += row_weight * part[v];
     }
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) sum[v] += row_weight * part[v];
   }
   const int64_t size = map.channels * map.height * map.width;
   T* const to = static_cast<T*>(map.grad) + at.image * size +

@@ -14,7 +14,7 @@ namespace {
 const dim3 kThreads(kLanes, kWarps);
 
 // Shared memory of a block: what all devices of the generation have, and from sm_80 on two blocks find room in.
-constexpr double kSharedBytes75 = 64 * 1024, kSharedBytes80 = 80 * 1024;
+constexpr int kSharedBytes75 = 64 * 1024, kSharedBytes80 = 80 * 1024;
 
 // Calls f.template operator()<T, channels_last>().
 template <typename F>
@@ -58,12 +58,13 @@ void launch_tiles(const char* op, const CudaDepthwiseArgs& d, int64_t tiles_x, K
       (Tiles::kH + 2. * d.row_reach) * (Tiles::kW + 2. * d.column_reach) * Tiles::kChannels * sizeof(Accumulator<T>);
   cudaFuncAttributes attributes{};
   launches.check(cudaFuncGetAttributes(&attributes, shared));
-  const double most = compute_capability() < 80 ? kSharedBytes75 : kSharedBytes80;
-  const bool fits = bytes + double(attributes.sharedSizeBytes) <= most;
+  const int most = compute_capability() < 80 ? kSharedBytes75 : kSharedBytes80;
+  const int own = int(attributes.sharedSizeBytes);
+  const bool fits = bytes + own <= most;
   const Kernel kernel = fits ? shared : direct;
   const int64_t blocks = tiles_x * tiles_of(d.upsample.height, Tiles::kH) * d.blocks * d.upsample.images;
-  if (fits && bytes > 32 * 1024)
-    launches.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  if (fits)  // more than the 48 KB that need no leave
+    launches.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - own));
   kernel<<<grid_size(op, blocks), kThreads, fits ? size_t(bytes) : 0, launches.stream()>>>(d);
   launches.check(cudaGetLastError());
 }

@@ -91,15 +91,14 @@ class CudaCall {
     }
   }
 
-  // Blocks for a map in channels_last or not; `strips` of an image.
+  // A thread for each column and `vector` channels of a map, `strips` times an image.
   GridShape shape_of(const CudaMap& map, int64_t width, int vector, int64_t strips) const {
-    const int64_t channels = (map.channels + vector - 1) / vector;
-    const int64_t fast = last ? channels : width, slow = last ? width : map.channels;
-    return {(fast + kFast - 1) / kFast, (slow + kSlow - 1) / kSlow, strips};
+    const int64_t channels = (map.channels + vector - 1) / vector, items = channels * width;
+    PYSEG_CHECK(items <= INT32_MAX - kThreadsOfBlock, op_, ": inputs must have fewer than 2^31 columns x channels on ",
+                "CUDA devices, got ", items);
+    return {int(last ? channels : width), int(items), (items + kThreadsOfBlock - 1) / kThreadsOfBlock, strips};
   }
-  unsigned blocks_of(const GridShape& shape) const {
-    return grid_size(op_, shape.fast * shape.slow * shape.strips * args.images);
-  }
+  unsigned blocks_of(const GridShape& shape) const { return grid_size(op_, shape.blocks * shape.strips * args.images); }
 
   // The gradient of map l from one of its interpolation, [N, grad_channels, H, W].
   template <typename T, typename S>
@@ -110,8 +109,8 @@ class CudaCall {
     constexpr int kVec = kVectorBytes / int(sizeof(S));
     const auto launch = [&](auto kernel, int vector) {
       const GridShape shape = shape_of(map, map.width, vector, map.height);
-      kernel<<<blocks_of(shape), dim3(kFast, kSlow), 0, launches.stream()>>>(map, shape, grad, grad_channels,
-                                                                             first_channel, args.height, args.width);
+      kernel<<<blocks_of(shape), kThreadsOfBlock, 0, launches.stream()>>>(map, shape, grad, grad_channels,
+                                                                          first_channel, args.height, args.width);
       launches.check(cudaGetLastError());
     };
     const bool whole = map.channels % kVec == 0 && grad_channels % kVec == 0 && first_channel % kVec == 0 &&

@@ -153,7 +153,7 @@ def test_some_inputs_need_no_gradient(device):
     y.requires_grad_()
     upsample_concat([x, y]).sum().backward()
     assert x.grad is None
-    assert y.grad.sum() == pytest.approx(2 * 2 * 20, rel=1e-5)
+    assert y.grad.sum().item() == pytest.approx(2 * 2 * 20, rel=1e-5)
 
 
 def test_memory_formats(device):

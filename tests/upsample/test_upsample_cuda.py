@@ -43,27 +43,32 @@ def moved(*tensors):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_upsample_budget(device, layout):
-    """A launch a map; source elements are read for two columns, not for four outputs."""
+    """A launch a map; source elements are read for two columns, not for four outputs.
+
+    Sectors are counted without a cache, and the tables, 16 bytes an entry, are many times the size of these maps' rows.
+    """
     maps = make_pyramid([(16, 16, 32), (16, 8, 16)], layout=layout, images=1, device=device)
     with cuda_budget("::upsample_taps<", launches=1):
         y = upsample_concat(maps)
-    with cuda_budget("::upsample_forward<", launches=2, min_bytes=moved(*maps, y), bytes_ratio=2.2):
+    with cuda_budget("::upsample_forward<", launches=2, min_bytes=moved(*maps, y), bytes_ratio=3.2):
         upsample_concat(maps)
     grad = torch.ones_like(y)
     sizes = [size for m in maps for size in m.shape]
-    # An element is read by the four source elements around it, and through the cache: a warp's share is counted.
-    with cuda_budget("::upsample_gather<", launches=2, min_bytes=moved(*maps, grad), bytes_ratio=6):
+    with cuda_budget("::upsample_gather<", launches=2, min_bytes=moved(*maps, grad), bytes_ratio=15):
         torch.ops.pyseg._upsample_concat_backward(grad, sizes, layout == "channels_last", True, None)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_depthwise_budget(device, layout):
-    """One launch for all maps and rates; outputs are written once, gradients read for their tiles' surroundings."""
+    """One launch for all maps and rates; outputs are written once, gradients read for their tiles' surroundings.
+
+    Sectors are counted without a cache: four neighbours and the table's entry for every interpolated element.
+    """
     maps = make_pyramid([(16, 32, 64), (16, 16, 32)], layout=layout, images=1, device=device)
     weight, scale, shift = make_filters(2, 32, device=device)
     outputs = 2 * 32 * 32 * 64
     with cuda_budget(
-        "::upsample_depthwise_forward<", launches=1, min_bytes=4 * outputs + moved(*maps), bytes_ratio=3.5
+        "::upsample_depthwise_forward<", launches=1, min_bytes=4 * outputs + moved(*maps), bytes_ratio=4.5
     ):
         y = upsample_concat_depthwise(maps, weight, (1, 2), scale=scale, shift=shift)
     grad = torch.ones_like(y)
@@ -72,7 +77,7 @@ def test_depthwise_budget(device, layout):
         torch.ops.pyseg._upsample_concat_depthwise_backward(grad, maps, weight, [1, 2], True, *needed)
 
     least = moved(grad) + 4 * 32 * 32 * 64
-    with cuda_budget("::upsample_depthwise_grad_maps<", launches=1, min_bytes=least, bytes_ratio=2.5):
+    with cuda_budget("::upsample_depthwise_grad_maps<", launches=1, min_bytes=least, bytes_ratio=2.8):
         backward(True, False)
     with cuda_budget("::upsample_depthwise_grad_weights<", launches=1, min_bytes=moved(grad, *maps), bytes_ratio=3.5):
         backward(False, True)
