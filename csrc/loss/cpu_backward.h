@@ -76,7 +76,7 @@ class Backward : Probabilities<A> {
   //   dz_c = p_c (of_p + of_pp p_c - D) - w of_nll + [c = t] (h - w of_pos q),
   //   D = sum_c p_c (of_p + of_pp p_c) + h - k.
   void label_softmax_backward(void* to) {
-    if (!in_.region && stage_.load_log_sums(most_)) return pixel_backward(to);
+    if (in_.pixel && !in_.region && stage_.load_log_sums(most_)) return pixel_backward(to);
     A* dots = p_;  // per pixel: sum_c p_c (of_p + of_pp p_c), where probabilities were recalled
     const bool recalled = in_.region && this->recall(of_p_, of_pp_, dots);
     if (!recalled && (in_.smoothing || !this->template softmax_of_labels<true>())) softmax();

@@ -133,7 +133,7 @@ def _why_torch_pointwise(
         return f"1x1 on {device} is a plain matrix product"
     if dtype not in (torch.float32, torch.float64) or (dtype == torch.float32 and torch.is_autocast_enabled(device)):
         return "1x1 in 16 bits is a plain matrix product"
-    if stride != (1, 1) and padding not in ((0, 0), "valid", "same"):
+    if stride != (1, 1) and (min(stride) < 1 or padding not in ((0, 0), "valid")):
         return f"stride {stride} with padding {padding} of a 1x1 kernel"
     return ""
 

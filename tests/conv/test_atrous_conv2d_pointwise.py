@@ -138,6 +138,15 @@ def test_errors(mode):
         atrous_conv2d(x, torch.ones(6, 4, 1, 1) if mode == "eager" else x.new_ones(6, 4, 1, 1), packed=packed)
 
 
+def test_strides_that_torch_refuses():
+    x, weight = make((1, 4, 8, 8)), make((4, 4, 1, 1), seed=1)
+    for arguments in ({"stride": 2, "padding": "same"}, {"stride": 0}, {"stride": (1, -1)}):
+        with pytest.raises(RuntimeError):
+            F.conv2d(x, weight, **arguments)
+        with pytest.raises(RuntimeError):
+            atrous_conv2d(x, weight, **arguments)
+
+
 def test_autocast_is_torchs():
     x, weight = make((1, 4, 5, 5)), make((6, 4, 1, 1), seed=1)
     with torch.autocast("cpu", torch.bfloat16):

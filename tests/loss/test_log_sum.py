@@ -91,6 +91,15 @@ def test_gradient_of_cross_entropy(shape, layout, dtype):
         assert (got.movedim(1, -1)[labels == 255] == 0).all()
 
 
+def test_columns_that_were_not_asked_for():
+    """Have no gradient: neither POS where only NLL was, nor anything where nothing was."""
+    logits, labels = make_logits((1, 21, 4, 64)).requires_grad_(), make_labels((1, 21, 4, 64))
+    for smoothing in (True, False):
+        sums = statistics(logits, labels, None, "softmax", None, 0.0, False, False, smoothing)[0]
+        (grad,) = torch.autograd.grad(sums[..., :10].sum(), logits)
+        assert (grad == 0).all()
+
+
 @pytest.mark.parametrize("value", [1e3, -1e3, float("inf"), float("nan")], ids=str)
 def test_large_sums_do_not_serve(value):
     """Where the logarithm has lost the digits that exp needs, the block is computed anew, with the same bits."""
