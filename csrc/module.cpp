@@ -10,14 +10,14 @@ namespace {
 
 // What atrous_conv2d does on the CPU with a shape.
 py::dict atrous_conv2d_plan(int64_t n, int64_t c_in, int64_t h, int64_t w, int64_t c_out, int64_t pad_h, int64_t pad_w,
-                            int64_t dil_h, int64_t dil_w, int64_t groups, bool exact) {
+                            int64_t dil_h, int64_t dil_w, int kernel, int64_t groups, bool exact) {
   if (groups != 1) {
     py::dict result;
     result["path"] = "depthwise";
     result["reason"] = "groups = C_in = C_out";
     return result;
   }
-  const auto plan = pyseg::plan_dense({n, c_in, h, w, c_out, pad_h, pad_w, dil_h, dil_w, exact});
+  const auto plan = pyseg::plan_dense({n, c_in, h, w, c_out, pad_h, pad_w, dil_h, dil_w, kernel, exact});
   const auto tiles = [](const pyseg::AxisPlan& axis) {
     const char* const names[] = {"F(4,3)", "F(3,3)", "F(2,3)", "2-pixel phase"};
     py::dict counts;
@@ -52,6 +52,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = PYSEG_CUDA_VERSION;  // of _C_cuda's compiler, empty where _C_cuda was not built
   m.def("cpu_capability", &pyseg::cpu_capability_name);
   m.def("atrous_conv2d_plan", &atrous_conv2d_plan, py::arg("n"), py::arg("c_in"), py::arg("h"), py::arg("w"),
-        py::arg("c_out"), py::arg("pad_h"), py::arg("pad_w"), py::arg("dil_h"), py::arg("dil_w"), py::arg("groups"),
-        py::arg("exact"));
+        py::arg("c_out"), py::arg("pad_h"), py::arg("pad_w"), py::arg("dil_h"), py::arg("dil_w"), py::arg("kernel"),
+        py::arg("groups"), py::arg("exact"));
 }

@@ -119,6 +119,27 @@ def test_atrous_conv2d_autocast(backend):
         assert torch.equal(plain(x), function(x))
 
 
+@pytest.mark.parametrize("stride", [1, (2, 3)])
+def test_atrous_conv2d_pointwise(stride):
+    """1x1 on the CPU, thinned out by the stride; sizes that change without recompiling."""
+    weight = torch.randn(4, 5, 1, 1).requires_grad_()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(x):
+        return atrous_conv2d(x.sin(), weight, stride=stride, relu=True) * 2
+
+    fast = compiled(function, counter)
+    for x in images("cpu", (2, 7, 9), (3, 8, 6), (4, 11, 7), requires_grad=True):
+        results = []
+        for f in (function, fast):
+            y = f(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1
+
+
 def test_atrous_conv2d_torch_path():
     """What goes to torch compiles as well."""
     weight = torch.randn(4, 5, 3, 3)
@@ -329,6 +350,31 @@ def test_roi_align(backend):
             torch.testing.assert_close(eager, other)
             assert eager.stride() == other.stride()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", ["roi_align", "atrous_conv2d"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_number_of_images_that_is_data(operator, backend):
+    """channels_last stays channels_last: inductor refuses outputs whose strides are not those that were promised."""
+
+    def function(x, keep, other):
+        rows = x[keep.nonzero()[:, 0]].contiguous(memory_format=torch.channels_last)
+        if operator == "roi_align":
+            return pyseg.functional.roi_align(rows, other, 3)
+        return atrous_conv2d(rows, other, padding=1)
+
+    fast = compiled(function, backend)
+    x = next(images("cpu", (4, 8, 9))).contiguous(memory_format=torch.channels_last)
+    for keep in ([True, False, True, True], [False, True, False, False]):
+        index = torch.arange(sum(keep))[:, None]
+        other = torch.cat([index, torch.tensor([[1.0, 2, 5, 6]]).expand(len(index), 4)], 1)
+        if operator == "atrous_conv2d":
+            other = torch.ones(6, 5, 3, 3)
+        got, expected = (f(x, torch.tensor(keep), other) for f in (fast, function))
+        torch.testing.assert_close(got, expected)
+        assert got.stride() == expected.stride()
+        assert expected.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_multiscale_roi_align_module():

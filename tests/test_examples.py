@@ -230,6 +230,32 @@ def test_unet_trains(tmp_path):
         assert message in done.stderr
 
 
+def test_fastfcn(tmp_path):
+    pytest.importorskip("torchvision")
+    out = tmp_path / "shapes.png"
+    done = run_other("fastfcn.py", "--head", "aspp", "--steps", 6, "--size", 96, "--threads", 1, "-o", out)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.search(r"mean IoU (\S+) before, (\S+) after", done.stdout).groups())
+    assert before < after <= 1
+    assert re.search(r"FastFCN, accelerated +\d+", done.stdout)
+    difference = re.search(r"outputs differ by (\S+) of", done.stdout)[1]
+    assert float(difference) <= 1e-4
+    with Image.open(out) as picture:
+        assert picture.width > 1000
+
+
+def test_fastfcn_errors(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    fastfcn = importlib.import_module("fastfcn")
+    for arguments, message in (
+        (["--steps", "1"], "--steps must be at least 2"),
+        (["-o", "shapes.jpg"], "-o must end in .png, got shapes.jpg"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["fastfcn.py", *arguments])
+        assert fastfcn.main() == 2
+        assert message in capsys.readouterr().err
+
+
 def test_display_instances():
     from pyseg.visualize import display_instances
 
@@ -331,3 +357,48 @@ def test_train_crf(network, tmp_path):
     scores = [float(value) for value in re.findall(r"IoU (\d\.\d+)", done.stdout)]
     assert scores[0] < scores[1] < scores[2]
     assert Image.open(tmp_path / "crf.png").width > 1000
+
+
+# ---- mask_rcnn_shapes.py ----
+
+
+def test_mask_rcnn_trains(tmp_path):
+    """Too few steps to learn: the program runs through, reports, draws, and says by its status that it has failed."""
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("torchvision")
+    out = tmp_path / "shapes.png"
+    done = run_other("mask_rcnn_shapes.py", "--steps", 2, "--held-out", 8, "--threads", 1, "-o", out)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == "mask_rcnn_shapes: AP50 must be at least 0.8, got 0.000\n"
+    assert len(re.findall(r"the whole network +\d+\.\d +\d+\.\d", done.stdout)) == 2
+    assert re.search(r"boxes +0\.\d{3} +0\.\d{3}\n +masks +0\.\d{3} +0\.\d{3}\n", done.stdout)
+    with Image.open(out) as picture:
+        assert picture.width > 1000
+    for arguments, message in ((["--steps", 0], "--steps"), (["-o", "x.txt"], "-o must end in .png")):
+        done = run_other("mask_rcnn_shapes.py", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_shapes_and_their_precision(monkeypatch):
+    """Drawn shapes fit their boxes, are drawn the same each time, and found perfectly have a precision of 1."""
+    pytest.importorskip("pycocotools")
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    shapes = importlib.import_module("mask_rcnn_shapes")
+    images, targets = next(shapes.batches(7, 20))
+    again, _ = next(shapes.batches(7, 20))
+    assert all(torch.equal(a, b) for a, b in zip(images, again, strict=True))
+    assert {int(label) for target in targets for label in target["labels"]} == {1, 2, 3}
+    for target in targets:
+        for mask, (x1, y1, x2, y2) in zip(target["masks"], target["boxes"].int().tolist(), strict=True):
+            outside = mask.clone()
+            outside[y1:y2, x1:x2] = 0
+            assert not outside.any()
+            edges = mask[y1, x1:x2], mask[y2 - 1, x1:x2], mask[y1:y2, x1], mask[y1:y2, x2 - 1]
+            assert all(edge.any() for edge in edges)
+        assert target["masks"].sum(0).max() == 1  # what lies behind is not seen
+    found = [{**target, "scores": torch.ones(len(target["labels"]))} for target in targets]
+    for kind in ("bbox", "segm"):
+        assert shapes.average_precision(found, targets, kind) == pytest.approx((1, 1))
+        assert shapes.average_precision(found[1:] + found[:1], targets, kind)[1] < 0.2

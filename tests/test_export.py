@@ -52,6 +52,19 @@ def test_atrous_conv2d(device, strict, groups):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_atrous_conv2d_pointwise(strict, stride):
+    model = pyseg.nn.AtrousConv2d(6, 5, 1, stride=stride).eval()
+    shapes = {"input": {0: Dim("n"), 2: Dim("h", min=4, max=4096), 3: Dim("w", min=4, max=4096)}}
+    x = torch.randn(2, 6, 9, 8)
+    program = saved_and_loaded(torch.export.export(model, (x,), dynamic_shapes=shapes, strict=strict))
+    assert [node.target for node in program.graph.nodes].count(torch.ops.pyseg.atrous_conv2d.default) == 1
+    for size in ((2, 6, 9, 8), (1, 6, 5, 12), (4, 6, 17, 4)):
+        x = torch.randn(size)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 class Block(nn.Module):
     """What pyseg.accelerate makes of convolution, batch norm, ReLU; the batch norm stays a child of the model."""
 

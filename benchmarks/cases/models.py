@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import Case, Contender, Prepared, Workload
-from peers import channels_last, compiled_for_inference
+from peers import channels_last, compiled_for_inference, convolution_flops
 
 BASELINE = "torch NCHW"
 FAMILY = "models"
@@ -158,24 +158,7 @@ def _accelerated(model: nn.Module, image: Tensor) -> Prepared:
 def _least(network: Network) -> tuple[int, int]:
     """Operations of the convolutions, without the taps outside their maps; bytes of image, weights and result."""
     model = network.load().to("meta")
-    flops = 0
-
-    def count(conv: nn.Conv2d, arguments: tuple[Tensor], result: Tensor) -> None:
-        nonlocal flops
-        taps = [_taps_inside(conv, axis, arguments[0].shape[2 + axis], result.shape[2 + axis]) for axis in (0, 1)]
-        flops += 2 * result.shape[0] * conv.out_channels * conv.in_channels // conv.groups * taps[0] * taps[1]
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count)
     image = torch.empty(1, 3, network.side, network.side, device="meta")
     result = model(image)
-    return flops, image.nbytes + sum(parameter.nbytes for parameter in model.parameters()) + result.nbytes
-
-
-def _taps_inside(conv: nn.Conv2d, axis: int, size_in: int, size_out: int) -> int:
-    return sum(
-        0 <= position * conv.stride[axis] - conv.padding[axis] + tap * conv.dilation[axis] < size_in
-        for tap in range(conv.kernel_size[axis])
-        for position in range(size_out)
-    )
+    bytes_ = image.nbytes + sum(parameter.nbytes for parameter in model.parameters()) + result.nbytes
+    return convolution_flops(model, image), bytes_

@@ -28,4 +28,7 @@ __device__ __forceinline__ T narrow(Accumulator<T> x) {
   }
 }
 
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+
 }  // namespace pyseg

@@ -67,6 +67,22 @@ inline void stream(T* p, Vec<T> v) {
 }
 #endif
 
+// One bit a lane of the result of a comparison of Vec<T>.
+template <typename T, typename Mask>
+inline uint32_t lane_bits(Mask mask) {
+#if defined(__AVX512F__)
+  return sizeof(T) == 4 ? _mm512_movepi32_mask((__m512i)mask) : _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return sizeof(T) == 4 ? _mm256_movemask_ps((__m256)mask) : _mm256_movemask_pd((__m256d)mask);
+#elif defined(__SSE2__)
+  return sizeof(T) == 4 ? _mm_movemask_ps((__m128)mask) : _mm_movemask_pd((__m128d)mask);
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) bits |= uint32_t(mask[lane] != 0) << lane;
+  return bits;
+#endif
+}
+
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -96,6 +112,8 @@ template <typename T>
 constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
+// The least multiple of `step` that is not below n >= 0.
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 }  // namespace
 }  // namespace PYSEG_TARGET

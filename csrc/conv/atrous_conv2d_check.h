@@ -19,6 +19,7 @@ using OptTensor = std::optional<torch::stable::Tensor>;
 constexpr const char* kForward = "atrous_conv2d";
 constexpr const char* kBackward = "_atrous_conv2d_backward";
 constexpr const char* kPack = "_atrous_conv2d_pack";
+constexpr const char* kToChannelsLast = "_to_channels_last";
 
 constexpr int64_t kMaxCoordinate = int64_t{1} << 29;
 
@@ -41,8 +42,11 @@ inline void check_like(const char* op, const char* name, const torch::stable::Te
 }
 
 inline void check_weight(const char* op, const torch::stable::Tensor& weight) {
-  PYSEG_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
-              ": weight must be [C_out, C_in / groups, 3, 3], got ", weight.sizes());
+  // 1x1 products on CUDA are torch's.
+  const bool fits = weight.dim() == 4 && weight.size(2) == weight.size(3) &&
+                    (weight.size(2) == 3 || (weight.size(2) == 1 && !weight.is_cuda()));
+  PYSEG_CHECK(fits, op, ": weight must be [C_out, C_in / groups, 3, 3]",
+              weight.is_cuda() ? "" : " or [C_out, C_in, 1, 1]", ", got ", weight.sizes());
 }
 
 inline void check_vector(const char* name, const OptTensor& t, const torch::stable::Tensor& input, int64_t channels) {
@@ -93,10 +97,13 @@ inline Ints check_convolution(const char* op, const torch::stable::Tensor& input
   const int64_t in = input.size(1), out = weight.size(0);
   PYSEG_CHECK(groups == 1 || (groups > 1 && groups == in && groups == out), op,
               ": groups must be 1 or C_in = C_out, got ", groups, " with C_in = ", in, " and C_out = ", out);
-  PYSEG_CHECK(weight.size(1) * groups == in, op, ": weight must be [C_out, C_in / groups, 3, 3] with C_in = ", in,
-              " and groups = ", groups, ", got ", weight.sizes());
-  const int64_t h = input.size(2) + 2 * padding[0] - 2 * dilation[0];
-  const int64_t w = input.size(3) + 2 * padding[1] - 2 * dilation[1];
+  const int64_t kernel = weight.size(2);
+  PYSEG_CHECK(weight.size(1) * groups == in, op, ": weight must be [C_out, C_in / groups, ", kernel, ", ", kernel,
+              "] with C_in = ", in, " and groups = ", groups, ", got ", weight.sizes());
+  PYSEG_CHECK(groups == 1 || kernel == 3, op, ": weight must be [C_out, 1, 3, 3] for groups = ", groups, ", got ",
+              weight.sizes());
+  const int64_t h = input.size(2) + 2 * padding[0] - (kernel - 1) * dilation[0];
+  const int64_t w = input.size(3) + 2 * padding[1] - (kernel - 1) * dilation[1];
   PYSEG_CHECK(h >= 0 && w >= 0, op, ": output size would be [", h, ", ", w, "]: input [", input.size(2), ", ",
               input.size(3), "] is too small for dilation ", dilation, " and padding ", padding);
   return {input.size(0), out, h, w};

@@ -62,21 +62,38 @@ int64_t stride(const Tensor& t, int dim, int64_t unused) { return t.size(dim) ==
 bool has_channels_together(const Tensor& t) { return stride(t, 1, 1) == 1; }
 bool has_pixels_together(const Tensor& t) { return stride(t, 3, 1) == 1; }
 
+// Images are contiguous in themselves, in either format; in a channel slice of a larger tensor there is a gap behind
+// each.
 template <typename T>
 void transpose_map(const Tensor& from, const Tensor& to, bool to_channels_last) {
-  const int64_t c = from.size(1), pixels = from.size(2) * from.size(3);
+  const int64_t n = from.size(0), c = from.size(1), pixels = from.size(2) * from.size(3);
   const int64_t rows = to_channels_last ? c : pixels, columns = to_channels_last ? pixels : c;
-  kernels<T>().transpose(data<T>(from), data<T>(to), from.size(0), rows, columns, workers_for(double(from.numel())));
+  const Workers workers = workers_for(double(from.numel()));
+  if (n == 1 || to.stride(0) == c * pixels) {
+    kernels<T>().transpose(data<T>(from), data<T>(to), n, rows, columns, workers);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i)
+    kernels<T>().transpose(data<T>(from) + i * c * pixels, data<T>(to) + i * to.stride(0), 1, rows, columns, workers);
+}
+
+bool has_planes_together(const Tensor& t) {
+  const int64_t pixels = t.size(2) * t.size(3);
+  return has_pixels_together(t) && stride(t, 2, t.size(3)) == t.size(3) && stride(t, 1, pixels) == pixels;
+}
+
+template <typename T>
+Tensor channels_last_copy(const Tensor& t) {
+  Tensor from = torch::stable::contiguous(t);
+  Tensor copy = new_map(t, sizes_of(t), true);
+  transpose_map<T>(from, copy, true);
+  return copy;
 }
 
 // The map itself where its channels lie side by side, else a copy.
 template <typename T>
 Tensor as_channels_last(const Tensor& t) {
-  if (has_channels_together(t)) return t;
-  Tensor from = torch::stable::contiguous(t);
-  Tensor copy = new_map(t, sizes_of(t), true);
-  transpose_map<T>(from, copy, true);
-  return copy;
+  return has_channels_together(t) ? t : channels_last_copy<T>(t);
 }
 
 Tensor as_contiguous_map(const Tensor& t) { return has_pixels_together(t) ? t : torch::stable::contiguous(t); }
@@ -92,7 +109,7 @@ DepthwiseMap<T> depthwise_map(const Tensor& t, bool channels_last) {
   return {data<U>(t), t.stride(0), t.stride(1), t.stride(2), 1};
 }
 
-ConvGeometry geometry(const Tensor& input, const Ints& out, const Ints& padding, const Ints& dilation) {
+ConvGeometry geometry(const Tensor& input, const Ints& out, const Ints& padding, const Ints& dilation, int64_t kernel) {
   return {.n = input.size(0),
           .h = input.size(2),
           .w = input.size(3),
@@ -103,11 +120,13 @@ ConvGeometry geometry(const Tensor& input, const Ints& out, const Ints& padding,
           .pad_h = padding[0],
           .pad_w = padding[1],
           .dil_h = dilation[0],
-          .dil_w = dilation[1]};
+          .dil_w = dilation[1],
+          .kernel = int(kernel)};
 }
 
 double multiply_adds(const ConvGeometry& g, bool dense) {
-  return 9. * double(g.n) * double(g.h_out) * double(g.w_out) * double(g.c_in) * (dense ? double(g.c_out) : 1.);
+  return double(g.kernel * g.kernel) * double(g.n) * double(g.h_out) * double(g.w_out) * double(g.c_in) *
+         (dense ? double(g.c_out) : 1.);
 }
 
 // A negative padding leaves out the map's border: the same as a smaller map without padding.
@@ -135,6 +154,7 @@ std::shared_ptr<const DensePlan> plan_for(const ConvGeometry& g, bool exact) {
                      .pad_w = g.pad_w,
                      .dil_h = g.dil_h,
                      .dil_w = g.dil_w,
+                     .kernel = g.kernel,
                      .exact = exact});
 }
 
@@ -168,9 +188,11 @@ Tensor workspace(const Tensor& like, int64_t elements) { return torch::stable::n
 // --- Dense
 
 template <typename T>
-Tensor pack_dense(const Weight<T>& weight, const Tensor& like, int64_t c_in, int64_t c_out) {
-  Tensor packed = torch::stable::new_empty(like, {(c_out + 15) / 16, 9, c_in, 16});
-  kernels<T>().pack(weight, c_in, c_out, data<T>(packed), workers_for(9. * double(c_in) * double(c_out)));
+Tensor pack_dense(const Weight<T>& weight, const Tensor& like, int64_t c_in, int64_t c_out, int64_t kernel) {
+  const int64_t taps = kernel * kernel;
+  Tensor packed = torch::stable::new_empty(like, {(c_out + 15) / 16, taps, c_in, 16});
+  kernels<T>().pack(weight, c_in, c_out, int(taps), data<T>(packed),
+                    workers_for(double(taps) * double(c_in) * double(c_out)));
   return packed;
 }
 
@@ -180,7 +202,7 @@ Weight<T> weight_view(const Tensor& weight, bool adjoint) {
   Weight<T> w{nullptr, data<T>(weight), weight.stride(0), weight.stride(1), weight.stride(3)};
   if (adjoint) {
     std::swap(w.stride_out, w.stride_in);
-    w.data += 8 * w.stride_tap;
+    w.data += (weight.size(2) * weight.size(3) - 1) * w.stride_tap;
     w.stride_tap = -w.stride_tap;
   }
   return w;
@@ -188,7 +210,7 @@ Weight<T> weight_view(const Tensor& weight, bool adjoint) {
 
 // Taps must be evenly spaced in memory, as they are in both memory formats.
 Tensor with_even_taps(const Tensor& weight) {
-  return weight.stride(2) == 3 * weight.stride(3) ? weight : torch::stable::contiguous(weight);
+  return weight.size(2) == 1 || weight.stride(2) == 3 * weight.stride(3) ? weight : torch::stable::contiguous(weight);
 }
 
 template <typename T>
@@ -217,13 +239,13 @@ void run_dense(ConvGeometry g, const Tensor& input, Weight<T> weight, const Tens
     kernels<T>().winograd(args, data<T>(kept), workers);
   } else {
     if (!args.weight.packed) {
-      kept = pack_dense<T>(weight, like, g.c_in, g.c_out);
+      kept = pack_dense<T>(weight, like, g.c_in, g.c_out, g.kernel);
       args.weight.packed = data<T>(kept);
     }
     kernels<T>().direct(args, workers);
   }
   if (!direct_out) {
-    if (out.is_contiguous()) {
+    if (has_planes_together(out)) {
       transpose_map<T>(y, out, false);
     } else {
       torch::stable::copy_(const_cast<Tensor&>(out), y);
@@ -325,7 +347,7 @@ Ints check_forward(const Forward& f) {
   if (f.packed) {
     check_like(kForward, "packed", *f.packed, f.input);
     PYSEG_CHECK(f.groups == 1, kForward, ": packed must be None for groups other than 1, got groups = ", f.groups);
-    const Ints expected{(out[1] + 15) / 16, 9, f.input.size(1), 16};
+    const Ints expected{(out[1] + 15) / 16, f.weight.size(2) * f.weight.size(3), f.input.size(1), 16};
     PYSEG_CHECK(sizes_of(*f.packed) == expected && f.packed->is_contiguous(), kForward, ": packed must be contiguous ",
                 expected, ", got ", f.packed->sizes());
   }
@@ -334,7 +356,7 @@ Ints check_forward(const Forward& f) {
 
 template <typename T>
 void run_forward(const Forward& f, const Tensor& out) {
-  const ConvGeometry g = geometry(f.input, sizes_of(out), f.padding, f.dilation);
+  const ConvGeometry g = geometry(f.input, sizes_of(out), f.padding, f.dilation, f.weight.size(2));
   const Epilogue<T> epilogue(f.bias, f.scale, f.shift, g.c_out);
   if (f.groups == 1) {
     const Tensor weight = with_even_taps(f.weight);
@@ -389,10 +411,11 @@ template <typename T>
 void run_backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Ints& padding,
                   const Ints& dilation, int64_t groups, bool exact, const Tensor& grad_input, const Tensor& grad_weight,
                   bool channels_last) {
-  const ConvGeometry g = geometry(input, sizes_of(grad), padding, dilation);
+  const int64_t kernel = weight.size(2);
+  const ConvGeometry g = geometry(input, sizes_of(grad), padding, dilation, kernel);
   if (grad_input.numel() > 0) {
-    const Ints adjoint_padding{2 * dilation[0] - padding[0], 2 * dilation[1] - padding[1]};
-    const ConvGeometry adjoint = geometry(grad, sizes_of(input), adjoint_padding, dilation);
+    const Ints adjoint_padding{(kernel - 1) * dilation[0] - padding[0], (kernel - 1) * dilation[1] - padding[1]};
+    const ConvGeometry adjoint = geometry(grad, sizes_of(input), adjoint_padding, dilation, kernel);
     if (groups == 1) {
       run_dense<T>(adjoint, grad, weight_view<T>(weight, true), grad, Epilogue<T>({}, {}, {}, g.c_in), false, exact,
                    grad_input);
@@ -433,7 +456,7 @@ std::tuple<Tensor, Tensor> atrous_conv2d_backward(Tensor grad_output, Tensor inp
 
 template <typename T>
 Tensor pack_as(const Tensor& weight) {
-  return pack_dense<T>(weight_view<T>(weight, false), weight, weight.size(1), weight.size(0));
+  return pack_dense<T>(weight_view<T>(weight, false), weight, weight.size(1), weight.size(0), weight.size(2));
 }
 
 Tensor atrous_conv2d_pack(Tensor weight) {
@@ -444,6 +467,15 @@ Tensor atrous_conv2d_pack(Tensor weight) {
   return is_16_bit(weight) ? torch::stable::to(packed, weight.scalar_type()) : packed;
 }
 
+Tensor to_channels_last(Tensor input) {
+  const ScalarType type = input.scalar_type();
+  PYSEG_CHECK(input.dim() == 4, kToChannelsLast, ": input must be [N, C, H, W], got ", input.sizes());
+  PYSEG_CHECK(type == ScalarType::Float || type == ScalarType::Double, kToChannelsLast,
+              ": input must be float32 or float64, got torch.", torch::headeronly::toString(type));
+  if (input.numel() == 0) return new_map(input, sizes_of(input), true);
+  return type == ScalarType::Double ? channels_last_copy<double>(input) : channels_last_copy<float>(input);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
@@ -451,6 +483,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
   m.impl("atrous_conv2d_out", TORCH_BOX(&atrous_conv2d_out));
   m.impl("_atrous_conv2d_backward", TORCH_BOX(&atrous_conv2d_backward));
   m.impl("_atrous_conv2d_pack", TORCH_BOX(&atrous_conv2d_pack));
+  m.impl("_to_channels_last", TORCH_BOX(&to_channels_last));
 }
 
 }  // namespace pyseg::atrous

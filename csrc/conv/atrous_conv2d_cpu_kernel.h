@@ -20,11 +20,12 @@ struct ConvGeometry {
   int64_t n, h, w, h_out, w_out;
   int64_t c_in, c_out;
   int64_t pad_h, pad_w, dil_h, dil_w;
+  int kernel;  // taps along each axis: 3, or 1 (dense, direct path only)
 };
 
 // The weight of a dense convolution as seen by a product C_in -> C_out. Either packed (panels of 16 output channels, see
 // _atrous_conv2d_pack) or an element (out, in, tap) at data[out * stride_out + in * stride_in + tap * stride_tap], taps counted
-// ky * 3 + kx; the input gradient reads it with in and out exchanged and the taps reversed.
+// ky * kernel + kx; the input gradient reads it with in and out exchanged and the taps reversed.
 template <typename T>
 struct Weight {
   const T* packed;
@@ -46,7 +47,7 @@ struct DenseArgs {
 };
 
 // grad_weight[out, in, tap] = sum over images and pixels of grad[pixel, out] * x[pixel + tap, in], contiguous
-// [C_out, C_in, 9].
+// [C_out, C_in, kernel * kernel].
 template <typename T>
 struct DenseWeightGradArgs {
   ConvGeometry g;
@@ -87,7 +88,7 @@ struct DepthwiseWeightGradArgs {
 // Every routine states how many elements of workspace it needs for a number of workers, then runs with them.
 template <typename T>
 struct ConvKernels {
-  void (*pack)(const Weight<T>&, int64_t c_in, int64_t c_out, T* packed, const Workers&);
+  void (*pack)(const Weight<T>&, int64_t c_in, int64_t c_out, int taps, T* packed, const Workers&);
   void (*direct)(const DenseArgs<T>&, const Workers&);  // needs a packed weight
   int64_t (*winograd_workspace)(const DenseArgs<T>&, int64_t workers);
   void (*winograd)(const DenseArgs<T>&, T* workspace, const Workers&);

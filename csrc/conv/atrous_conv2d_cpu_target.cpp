@@ -11,10 +11,10 @@ namespace PYSEG_TARGET {
 namespace {
 
 template <typename T>
-void pack(const Weight<T>& weight, int64_t c_in, int64_t c_out, T* packed, const Workers& workers) {
+void pack(const Weight<T>& weight, int64_t c_in, int64_t c_out, int taps, T* packed, const Workers& workers) {
   for_each_part(workers, (c_out + kPanel - 1) / kPanel, [&](int64_t, int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p)
-      pack_panel(weight, c_out, p, 0, c_in, packed + p * 9 * c_in * kPanel, c_in * kPanel);
+      pack_panel(weight, c_out, p, 0, c_in, taps, packed + p * taps * c_in * kPanel, c_in * kPanel);
   });
 }
 

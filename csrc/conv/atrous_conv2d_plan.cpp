@@ -62,10 +62,10 @@ double direct_cost(const DenseShape& s, int64_t taps) {
                            pixels * steps * kCyclesPerRegisterTile);
 }
 
-int64_t taps_inside(int64_t size, int64_t padding, int64_t dilation) {
+int64_t taps_inside(int64_t size, int64_t padding, int64_t dilation, int kernel) {
   int64_t taps = 0;
-  const int64_t out = size + 2 * padding - 2 * dilation;
-  for (int k = 0; k < 3; ++k) {
+  const int64_t out = size + 2 * padding - (kernel - 1) * dilation;
+  for (int k = 0; k < kernel; ++k) {
     const int64_t first = std::max<int64_t>(0, padding - k * dilation);
     const int64_t last = std::min(out, size + padding - k * dilation);
     taps += std::max<int64_t>(0, last - first);
@@ -75,11 +75,15 @@ int64_t taps_inside(int64_t size, int64_t padding, int64_t dilation) {
 
 std::shared_ptr<const DensePlan> make_plan(const DenseShape& s) {
   auto plan = std::make_shared<DensePlan>();
-  plan->taps = taps_inside(s.h, s.pad_h, s.dil_h) * taps_inside(s.w, s.pad_w, s.dil_w);
+  plan->taps = taps_inside(s.h, s.pad_h, s.dil_h, s.kernel) * taps_inside(s.w, s.pad_w, s.dil_w, s.kernel);
   plan->direct_cost = direct_cost(s, plan->taps);
   plan->path = DensePath::kDirect;
   plan->cost = plan->direct_cost;
   plan->products = plan->taps;
+  if (s.kernel == 1) {
+    plan->reason = "1x1: one matrix product";
+    return plan;
+  }
   if (s.exact) {
     plan->reason = "exact=True forbids Winograd";
     return plan;

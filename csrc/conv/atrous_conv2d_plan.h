@@ -1,4 +1,4 @@
-// Which algorithm a dense 3x3 atrous convolution on the CPU uses for a shape, and why: the cost model.
+// Which algorithm a dense 3x3 or 1x1 atrous convolution on the CPU uses for a shape, and why: the cost model.
 #pragma once
 
 #include <array>
@@ -14,10 +14,11 @@ namespace pyseg {
 struct DenseShape {
   int64_t n, c_in, h, w, c_out;
   int64_t pad_h, pad_w, dil_h, dil_w;
+  int kernel;  // 3 or 1
   bool exact;  // no Winograd
 
-  int64_t h_out() const { return h + 2 * pad_h - 2 * dil_h; }
-  int64_t w_out() const { return w + 2 * pad_w - 2 * dil_w; }
+  int64_t h_out() const { return h + 2 * pad_h - (kernel - 1) * dil_h; }
+  int64_t w_out() const { return w + 2 * pad_w - (kernel - 1) * dil_w; }
   bool operator==(const DenseShape&) const = default;
 };
 

@@ -76,14 +76,15 @@ inline void outer_block(const Segment* segments, int64_t count, const T* a, cons
 template <typename T>
 inline void scatter_taps(const ConvGeometry& g, const T* taps, int64_t cp, int64_t np, bool accumulate,
                          T* grad_weight) {
+  const int in_all = g.kernel * g.kernel;
   const int64_t rows = smaller<int64_t>(kPanel, g.c_in - cp * kPanel);
   const int64_t columns = smaller<int64_t>(kPanel, g.c_out - np * kPanel);
   for (int64_t j = 0; j < columns; ++j) {
-    T* to = grad_weight + ((np * kPanel + j) * g.c_in + cp * kPanel) * 9;
+    T* to = grad_weight + ((np * kPanel + j) * g.c_in + cp * kPanel) * in_all;
     for (int64_t i = 0; i < rows; ++i)
-      for (int t = 0; t < 9; ++t) {
+      for (int t = 0; t < in_all; ++t) {
         const T v = taps[t * kBlockElements + i * kPanel + j];
-        to[i * 9 + t] = accumulate ? to[i * 9 + t] + v : v;
+        to[i * in_all + t] = accumulate ? to[i * in_all + t] + v : v;
       }
   }
 }
@@ -106,8 +107,6 @@ inline void copy_to_panels(const Map<const T>& map, int64_t image, int64_t width
   }
 }
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 template <typename T>
 class DirectWeightGrad {
  public:
@@ -116,7 +115,7 @@ class DirectWeightGrad {
 
   static int64_t workspace(const DenseWeightGradArgs<T>& args, int64_t workers) {
     const ConvGeometry& g = args.g;
-    return k_block(g) * g.h * g.w + n_block(g) * g.h_out * g.w_out + workers * 9 * kBlockElements;
+    return k_block(g) * g.h * g.w + n_block(g) * g.h_out * g.w_out + workers * g.kernel * g.kernel * kBlockElements;
   }
 
   void run() {
@@ -137,7 +136,7 @@ class DirectWeightGrad {
           });
           const int64_t kp = (k + kPanel - 1) / kPanel, np = (n + kPanel - 1) / kPanel;
           for_each_part(workers_, kp * np, [&](int64_t worker, int64_t first, int64_t last) {
-            T* taps = scratch + worker * 9 * kBlockElements;
+            T* taps = scratch + worker * g_.kernel * g_.kernel * kBlockElements;
             for (int64_t task = first; task < last; ++task) {
               const int64_t cp = task / np, op = task % np;
               block(x + cp * in_pixels * kPanel, grad + op * out_pixels * kPanel, taps);
@@ -155,13 +154,13 @@ class DirectWeightGrad {
 
   // All taps of one pair of panels of one image.
   void block(const T* x, const T* grad, T* taps) const {
-    for (int i = 0; i < 9 * kBlockElements; ++i) taps[i] = T(0);
+    for (int i = 0; i < g_.kernel * g_.kernel * kBlockElements; ++i) taps[i] = T(0);
     const int64_t lines = larger<int64_t>(kDirectPixels / larger<int64_t>(g_.w_out, 1), 1);
     Segment segments[kDirectPixels];
     for (int64_t y0 = 0; y0 < g_.h_out; y0 += lines) {
       const int64_t y1 = smaller(y0 + lines, g_.h_out);
-      for (int ky = 0; ky < 3; ++ky)
-        for (int kx = 0; kx < 3; ++kx) {
+      for (int ky = 0; ky < g_.kernel; ++ky)
+        for (int kx = 0; kx < g_.kernel; ++kx) {
           const int64_t shift = kx * g_.dil_w - g_.pad_w;
           const int64_t first = larger<int64_t>(0, -shift), last = smaller(g_.w_out, g_.w - shift);
           if (first >= last) continue;
@@ -171,7 +170,7 @@ class DirectWeightGrad {
             if (from < 0 || from >= g_.h) continue;
             segments[count++] = {from * g_.w + first + shift, y * g_.w_out + first, last - first};
           }
-          if (count > 0) outer_block(segments, count, x, grad, true, taps + (ky * 3 + kx) * kBlockElements);
+          if (count > 0) outer_block(segments, count, x, grad, true, taps + (ky * g_.kernel + kx) * kBlockElements);
         }
     }
   }

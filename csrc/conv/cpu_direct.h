@@ -1,4 +1,4 @@
-// Direct path of the dense atrous convolution on channels_last maps: one multiply-add per tap inside the map.
+// Direct path of the dense atrous convolution, 3x3 and 1x1, on channels_last maps: one multiply-add per tap inside the map.
 //
 // The map is cut into rectangles whose outputs have the same taps inside, so no product with a zero outside the map is ever
 // computed. Tiles of a rectangle's pixels go to the matrix product with the pixels that each tap reads as rows. The
@@ -15,18 +15,19 @@ namespace {
 
 constexpr int64_t kDirectRows = 96;  // pixels that share a step's weights while they are in L2
 constexpr int kMaxIntervals = 7;     // three taps give at most six cuts inside an axis
+constexpr int kMaxKernel = 3;
 
 // Intervals of one axis in which every output has the same taps inside the map.
 struct TapIntervals {
   int count = 0;
   int64_t first[kMaxIntervals], end[kMaxIntervals];
-  bool inside[kMaxIntervals][3];
+  bool inside[kMaxIntervals][kMaxKernel];
 
-  TapIntervals(int64_t size, int64_t out, int64_t padding, int64_t dilation) {
+  TapIntervals(int64_t size, int64_t out, int64_t padding, int64_t dilation, int kernel) {
     int64_t at = 0;
     while (at < out) {
       int64_t next = out;
-      for (int k = 0; k < 3; ++k) {
+      for (int k = 0; k < kernel; ++k) {
         const int64_t lo = padding - k * dilation, hi = lo + size;
         if (at < lo) next = smaller(next, lo);
         if (at < hi) next = smaller(next, hi);
@@ -47,8 +48,8 @@ class Direct {
   Direct(const DenseArgs<T>& args, const Workers& workers)
       : a_(args),
         g_(args.g),
-        ys_(g_.h, g_.h_out, g_.pad_h, g_.dil_h),
-        xs_(g_.w, g_.w_out, g_.pad_w, g_.dil_w),
+        ys_(g_.h, g_.h_out, g_.pad_h, g_.dil_h, g_.kernel),
+        xs_(g_.w, g_.w_out, g_.pad_w, g_.dil_w, g_.kernel),
         workers_(workers) {}
 
   void run() {
@@ -81,13 +82,14 @@ class Direct {
     }
     int taps = 0, tap_index[kMaxTaps];
     int64_t tap_offset[kMaxTaps];
-    for (int ky = 0; ky < 3; ++ky)
-      for (int kx = 0; kx < 3; ++kx)
+    for (int ky = 0; ky < g_.kernel; ++ky)
+      for (int kx = 0; kx < g_.kernel; ++kx)
         if (ys_.inside[i][ky] && xs_.inside[j][kx]) {
-          tap_index[taps] = ky * 3 + kx;
+          tap_index[taps] = ky * g_.kernel + kx;
           tap_offset[taps++] = ky * g_.dil_h * a_.x.row + kx * g_.dil_w * a_.x.pixel;
         }
 
+    const int64_t panel = g_.kernel * g_.kernel * g_.c_in;  // rows of a panel of packed weights
     const int64_t k_step = smaller(g_.c_in, kDirectTerms);
     const int64_t tap_step = larger<int64_t>(kDirectTerms / larger<int64_t>(k_step, 1), 1);
     int tap = 0;
@@ -99,12 +101,12 @@ class Direct {
       const bool is_last = taps == 0 || (tap + step_taps >= taps && k0 + k >= g_.c_in);
       TileOperands<T> op;
       op.taps = step_taps;
-      op.panel_step = 9 * g_.c_in * kPanel;
+      op.panel_step = panel * kPanel;
       for (int64_t column = 0; column < g_.c_out; column += kTileColumns<T>) {
         const Finish<T> finish{!is_first, is_last && a_.scale ? a_.scale + column : nullptr,
                                is_last && a_.shift ? a_.shift + column : nullptr, is_last && a_.relu};
         for (int t = 0; t < step_taps; ++t)
-          op.panels[t] = a_.weight.packed + column * 9 * g_.c_in + (tap_index[tap + t] * g_.c_in + k0) * kPanel;
+          op.panels[t] = a_.weight.packed + column * panel + (tap_index[tap + t] * g_.c_in + k0) * kPanel;
         for (int64_t r = 0; r < last - first; r += kRows) {
           const int rows = int(smaller<int64_t>(kRows, last - first - r));
           for (int t = 0; t < step_taps; ++t)

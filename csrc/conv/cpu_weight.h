@@ -11,14 +11,14 @@ namespace {
 
 // to[tap * tap_stride + k * 16 + j] = weight(16 panel + j, k0 + k, tap), zero beyond C_out.
 template <typename T>
-inline void pack_panel(const Weight<T>& w, int64_t c_out, int64_t panel, int64_t k0, int64_t k, T* to,
+inline void pack_panel(const Weight<T>& w, int64_t c_out, int64_t panel, int64_t k0, int64_t k, int taps, T* to,
                        int64_t tap_stride) {
   const int64_t columns = smaller<int64_t>(kPanel, c_out - panel * kPanel);
   for (int64_t kk = 0; kk < k; ++kk) {
     const T* from = w.data + panel * kPanel * w.stride_out + (k0 + kk) * w.stride_in;
     T* row = to + kk * kPanel;
     for (int64_t j = 0; j < kPanel; ++j) {
-      for (int t = 0; t < 9; ++t)
+      for (int t = 0; t < taps; ++t)
         row[t * tap_stride + j] = j < columns ? from[j * w.stride_out + t * w.stride_tap] : T(0);
     }
   }

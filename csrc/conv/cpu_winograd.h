@@ -444,7 +444,7 @@ class Winograd {
           taps = a_.weight.packed + (panel * 9 * g_.c_in + k0 + from) * kPanel;
           tap_stride = g_.c_in * kPanel;
         } else {
-          pack_panel(a_.weight, g_.c_out, panel, k0 + from, to - from, scratch, k * kPanel);
+          pack_panel(a_.weight, g_.c_out, panel, k0 + from, to - from, 9, scratch, k * kPanel);
           taps = scratch;
           tap_stride = k * kPanel;
         }

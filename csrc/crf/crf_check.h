@@ -139,6 +139,11 @@ inline void check_vertex_kernel(const torch::stable::Tensor& key, const torch::s
   check_like(kVertexKernel, "offset", offset, ScalarType::Long, sizes_of(offset), key);
   PYSEG_CHECK(scale > 0.5 && std::isfinite(scale), kVertexKernel, ": scale must be above 1/2 and finite, got ", scale);
   PYSEG_CHECK(cutoff > 0 && cutoff < 1e4, kVertexKernel, ": cutoff must be from 0 to 10000, got ", cutoff);
+  // Squared distances in units of the lattice are exact in float32 up to there.
+  constexpr double kMostSquare = 1 << 24;
+  const double reach = cutoff * scale * double(key.size(1) + 1);
+  PYSEG_CHECK(reach * reach * 2 / 3 < kMostSquare, kVertexKernel, ": scale * cutoff * (d + 1) must be below 5016, got ",
+              reach);
 }
 
 constexpr int kMostAxes = 3;
@@ -211,8 +216,9 @@ inline MeanFieldShape check_mean_field(const torch::stable::Tensor& unary,
   PYSEG_CHECK(s.classes >= 1, kMeanField, ": unary must have a class, got ", unary.sizes());
   if (initial) check_like(kMeanField, "initial", *initial, unary.scalar_type(), sizes_of(unary), unary);
   PYSEG_CHECK(iterations >= 0, kMeanField, ": iterations must not be negative, got ", iterations);
-  PYSEG_CHECK(temperature > 0 && std::isfinite(temperature), kMeanField,
-              ": temperature must be positive and finite, got ", temperature);
+  // Its reciprocal is a float32, and so should energies be that are multiplied by it.
+  PYSEG_CHECK(temperature >= 1e-30 && temperature <= 1e30, kMeanField, ": temperature must be from 1e-30 to 1e30, got ",
+              temperature);
   PYSEG_CHECK(lattices.size() % kTensorsOfLattice == 0, kMeanField, ": lattices must be ", kTensorsOfLattice,
               " tensors each, got ", lattices.size());
   PYSEG_CHECK(sigmas.size() % axes == 0, kMeanField, ": sigmas must be ", axes, " for each kernel, got ",

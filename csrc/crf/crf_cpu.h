@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+
 #include "common/cpu_capability.h"
 #include "common/cpu_workspace.h"
 #include "crf/crf_check.h"
@@ -33,45 +35,42 @@ const E* elements(const torch::stable::Tensor& t) {
   return t.numel() == 0 ? nullptr : static_cast<const E*>(t.data_ptr());
 }
 
-// Every number in `t` must be in least..most - 1.
-template <typename E>
-void check_range(const char* op, const char* name, const torch::stable::Tensor& t, int64_t least, int64_t most) {
-  const E* const data = elements<E>(t);
-  E low = 0, high = 0;
-  for (int64_t i = 0; i < t.numel(); ++i) {
-    low = data[i] < low ? data[i] : low;
-    high = data[i] > high ? data[i] : high;
-  }
-  PYSEG_CHECK(t.numel() == 0 || (low >= least && high < most), op, ": ", name, " must be from ", least, " to ",
-              most - 1, ", got ", low < least ? low : high);
+// `count` vertices must be of their image, whose vertices are first..last - 1; `none`: or -1.
+inline void check_vertices(const char* op, const char* name, const int32_t* data, int64_t count, int64_t first,
+                           int64_t last, bool none) {
+  const auto good = [&](int32_t v) { return (v >= first && v < last) || (none && v == -1); };
+  bool all = true;
+  for (int64_t i = 0; i < count; ++i) all &= good(data[i]);
+  if (all) return;
+  const int32_t* const bad = std::find_if_not(data, data + count, good);
+  throw_error(op, ": ", name, " must be of its image: from ", first, " to ", last - 1, ", got ", *bad);
 }
 
-// The contents of a lattice's tensors that a read out of bounds could follow from.
+// `data` [count + 1] must ascend, from no less than 0 to at most `most`.
+inline void check_offsets(const char* op, const char* name, const int64_t* data, int64_t count, int64_t most) {
+  bool ascends = data[0] >= 0 && data[count] <= most;
+  for (int64_t i = 0; i < count; ++i) ascends &= data[i] <= data[i + 1];
+  PYSEG_CHECK(ascends, op, ": ", name, " must ascend from 0 to at most ", most);
+}
+
+// The contents of a lattice's tensors that an access out of bounds could follow from.
 inline void check_lattice_contents(const char* op, const Lattice& l) {
-  const int64_t m = l.vertices();
-  check_range<int32_t>(op, "vertex", l.vertex, 0, m);
-  check_range<int32_t>(op, "neighbour", l.neighbour, -1, m);
-  check_range<int64_t>(op, "offset", l.offset, 0, m + 1);
-  check_range<int64_t>(op, "kernel_row", l.kernel_row, 0, l.kernel_vertex.numel() + 1);
-  check_range<int32_t>(op, "kernel_vertex", l.kernel_vertex, 0, m);
+  const int64_t m = l.vertices(), entries = l.kernel_vertex.numel();
   const int64_t* const offset = elements<int64_t>(l.offset);
+  const int64_t* const row = elements<int64_t>(l.kernel_row);
+  check_offsets(op, "offset", offset, l.images(), m);
+  PYSEG_CHECK(offset[0] == 0, op, ": offset must start at 0, got ", offset[0]);
+  if (l.has_kernel()) check_offsets(op, "kernel_row", row, m, entries);
   for (int64_t n = 0; n < l.images(); ++n) {
-    PYSEG_CHECK(offset[n] <= offset[n + 1], op, ": offset must ascend");
-    const auto own = [&](const torch::stable::Tensor& t, int64_t first, int64_t count) {
-      const int32_t* const data = elements<int32_t>(t);
-      for (int64_t i = first; i < first + count; ++i)
-        PYSEG_CHECK(data[i] < 0 || (data[i] >= offset[n] && data[i] < offset[n + 1]), op,
-                    ": vertex must be of its image: from ", offset[n], " to ", offset[n + 1] - 1, ", got ", data[i]);
-    };
-    if (l.images() == 1) continue;  // checked above
-    own(l.vertex, n * l.points() * l.corners(), l.points() * l.corners());
-    for (int j = 0; j < l.corners(); ++j) own(l.neighbour, 2 * (j * m + offset[n]), 2 * (offset[n + 1] - offset[n]));
-    if (!l.has_kernel()) continue;
-    const int64_t* const row = elements<int64_t>(l.kernel_row);
-    own(l.kernel_vertex, row[offset[n]], row[offset[n + 1]] - row[offset[n]]);
+    const int64_t first = offset[n], last = offset[n + 1], own = l.points() * l.corners();
+    check_vertices(op, "vertex", elements<int32_t>(l.vertex) + n * own, own, first, last, false);
+    for (int j = 0; j < l.corners() && last > first; ++j)
+      check_vertices(op, "neighbour", elements<int32_t>(l.neighbour) + 2 * (j * m + first), 2 * (last - first), first,
+                     last, true);
+    if (l.has_kernel())
+      check_vertices(op, "kernel_vertex", elements<int32_t>(l.kernel_vertex) + row[first], row[last] - row[first],
+                     first, last, false);
   }
-  if (l.images() == 1)
-    PYSEG_CHECK(l.vertex.numel() == 0 || (offset[0] == 0 && offset[1] <= m), op, ": offset must start at 0");
 }
 
 inline LatticeInput input_of(const Lattice& l) {

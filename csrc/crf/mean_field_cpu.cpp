@@ -13,7 +13,7 @@ using torch::stable::Tensor;
 
 // Where a coarse grid serves: the kernel spans enough of its nodes, and the image's borders, at which it errs most, are
 // few among its pixels.
-constexpr double kLeastCoarseSigma = 2;  // in pixels
+constexpr double kLeastCoarseSigma = 3;  // in pixels
 constexpr int64_t kLeastCoarseSize = 32;
 
 // The taps between nodes two pixels apart which, with the tents [1 3 3 1] / 4 before and after them, make up a Gaussian:

@@ -11,6 +11,7 @@
 // deterministic.
 #pragma once
 
+#include "common/element_cuda.cuh"
 #include "crf/lattice_rows_cuda.cuh"
 #include "crf/mean_field_cuda.h"
 
@@ -18,9 +19,6 @@ namespace pyseg::crf {
 
 constexpr int kUpdateThreads = 128;
 static_assert(kUpdateThreads % kWarpLanes == 0, "whole warps");
-
-__device__ __forceinline__ float exponential_of(float x) { return expf(x); }
-__device__ __forceinline__ double exponential_of(double x) { return exp(x); }
 
 // A point's energies that a thread has: in registers, or (kUnits 0) in memory.
 template <typename T, int kUnits>
@@ -153,7 +151,7 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks<kUnits>)
     Unit<T> e = energies.get(n);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
-      e.v[i] = exponential_of(least - e.v[i]);
+      e.v[i] = exponential(least - e.v[i]);
       sum += e.v[i];
     }
     energies.set(n, e);

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> permutohedral_vertex_kernel(Tensor key, Tenso
   const Tensor keys = torch::stable::contiguous(key), offsets = torch::stable::contiguous(offset);
   const int64_t* const first = static_cast<const int64_t*>(offsets.data_ptr());
   for (int64_t n = 0; n < offset.numel(); ++n)
-    PYSEG_CHECK(first[n] >= (n == 0 ? 0 : first[n - 1]) && first[n] <= key.size(0), kVertexKernel,
+    PYSEG_CHECK((n == 0 ? first[n] == 0 : first[n] >= first[n - 1]) && first[n] <= key.size(0), kVertexKernel,
                 ": offset must ascend from 0 to at most ", key.size(0), ", got ", first[n]);
   const VertexKernelArgs args{.key = static_cast<const int16_t*>(keys.data_ptr()),
                               .offset = first,

@@ -5,14 +5,10 @@
 
 #include <cstdint>
 
+#include "common/divide_cuda.cuh"
 #include "crf/lattice_rows_cuda.h"
 
 namespace pyseg::crf {
-
-// a / b of numbers that are not negative: in 32 bits where they fit, which is several times faster.
-__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-  return (a | b) >> 32 == 0 ? int64_t{uint32_t(a) / uint32_t(b)} : a / b;
-}
 
 template <typename T>
 struct alignas(kUnitBytes) Unit {

@@ -82,7 +82,7 @@ inline void finish_row(const DistanceArgs& a, int64_t at, int64_t count, Out* ou
 
 constexpr int64_t kRowUnit = 64;  // rows of scratch are that many elements long, or a multiple
 
-inline int64_t row_stride(int64_t w) { return (w + kRowUnit - 1) / kRowUnit * kRowUnit; }
+inline int64_t row_stride(int64_t w) { return round_up(w, kRowUnit); }
 
 // G: an unsigned type above the width by more than 1; its largest value means that the row has no source.
 template <typename G>

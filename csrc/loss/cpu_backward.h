@@ -76,7 +76,10 @@ class Backward : Probabilities<A> {
   //   dz_c = p_c (of_p + of_pp p_c - D) - w of_nll + [c = t] (h - w of_pos q),
   //   D = sum_c p_c (of_p + of_pp p_c) + h - k.
   void label_softmax_backward(void* to) {
-    softmax();
+    if (!in_.region && stage_.load_log_sums(most_)) return pixel_backward(to);
+    A* dots = p_;  // per pixel: sum_c p_c (of_p + of_pp p_c), where probabilities were recalled
+    const bool recalled = in_.region && this->recall(of_p_, of_pp_, dots);
+    if (!recalled && (in_.smoothing || !this->template softmax_of_labels<true>())) softmax();
     const int64_t padded = stage_.padded, step = stage_.step;
     const V none = broadcast<A>(stage_.limit());
     const V gamma = broadcast<A>(A(in_.gamma)), of_all_nll = broadcast<A>(total_of_nll_);
@@ -118,7 +121,9 @@ class Backward : Probabilities<A> {
         store(delta_ + i, out ? V{} : delta);
       }
     });
-    if (in_.region) {
+    if (in_.region && recalled) {
+      for (int64_t i = 0; i < padded; i += kLane) store(shared_ + i, load(shared_ + i) - load(dots + i));
+    } else if (in_.region) {
       for (int64_t i = 0; i < padded; i += 2 * kLane) {
         A* e = exps_ + i;
         const V r0 = load(scale_ + i), r1 = load(scale_ + i + kLane);
@@ -151,6 +156,56 @@ class Backward : Probabilities<A> {
         }
       };
       if (stage_.streams(row, e)) {
+        each([](A* at, V dz) { stream(at, dz); });
+      } else {
+        each([](A* at, V dz) { store(at, dz); });
+      }
+      stage_.write(row, to, in_.logits.type, c);
+    }
+    stage_.write_all(exps_, to, in_.logits.type);
+  }
+
+  // Without region columns, from the logarithms of the sums in most_, in one pass: dz_c = p_c (k + w sum(of_nll)) - w of_nll -
+  // [c = t] k, k = w of_pos q.
+  void pixel_backward(void* to) {
+    const int64_t padded = stage_.padded, step = stage_.step;
+    const auto z = stage_.logits_where_they_lie();
+    const V none = broadcast<A>(stage_.limit()), of_all_nll = broadcast<A>(total_of_nll_);
+    const V gamma = broadcast<A>(A(in_.gamma));
+    const A *most = most_, *own_logit = own_;
+    A* slope = log_p_;
+    for (int64_t i = 0; i < padded; ++i) slope[i] = of_pos_[stage_.index[i]];
+    if (in_.gamma != 0) {
+      this->own_of(z);
+      this->bound_own();
+    }
+    with_gamma(in_.gamma, [&](auto tag) {
+      for (int64_t i = 0; i < padded; i += kLane) {
+        const auto out = load(stage_.label + i) == none;
+        const V w = load(stage_.weight + i);
+        V k = w * load(slope + i);
+        if constexpr (tag.value != Gamma::kZero) {
+          const V log_p = load(most + i) - load(own_logit + i), p = exp_nonpositive(-log_p);
+          k = k * focal_slope<tag.value, A>(p, one_minus<A>(p, log_p), log_p, gamma);
+        }
+        store(delta_ + i, out ? V{} : k);
+        store(shared_ + i, out ? V{} : in_.smoothing ? k + w * of_all_nll : k);
+      }
+    });
+    for (int64_t c = 0; c < in_.classes; ++c) {
+      const A* from = z.first + c * z.step;
+      A* row = stage_.row_of_result(to, in_.logits.type, c, exps_ + c * step);
+      const V own = broadcast<A>(A(c)), n = broadcast<A>(of_nll_[c]);
+      const auto each = [&](const auto& put) {
+        for (int64_t i = 0; i < padded; i += kLane) {
+          __builtin_prefetch(from + step + i, 0, 3);
+          const V factor = load(shared_ + i), p = exp_nonpositive(load(from + i) - load(most_ + i));
+          V dz = p * factor - (load(stage_.label + i) == own ? load(delta_ + i) : V{});
+          if (in_.smoothing) dz -= load(stage_.weight + i) * n;
+          put(row + i, load(stage_.label + i) == none ? V{} : dz);
+        }
+      };
+      if (stage_.streams(row, exps_ + c * step)) {
         each([](A* at, V dz) { stream(at, dz); });
       } else {
         each([](A* at, V dz) { store(at, dz); });

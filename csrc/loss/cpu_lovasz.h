@@ -9,6 +9,9 @@
 // which is all that lies beyond the margin for hinge errors. A class without elements has the slope 1 at its largest
 // error.
 //
+// Elements with a smaller error than all of the class are left out as well: the intersection is empty by then, so their
+// slopes are 0. Where a prediction is any good, that leaves few to sort.
+//
 // Errors are not negative, so their bits sort as integers: a radix sort, 11 bits at a time, from the least significant
 // digit. It is stable: among equal errors the first pixel comes first.
 #pragma once
@@ -86,11 +89,9 @@ class Lovasz {
         scale_(scale),
         arena_(workspace),
         stage_(input, arena_),
-        error_(arena_.take<A>(stage_.step)),
-        below_(arena_.take<A>(stage_.step)),
         counts_(arena_.take<uint32_t>(Item::kPasses * kDigits)),
-        items_(arena_.take<Item>(images_ * in_.pixels)),
-        other_(arena_.take<Item>(images_ * in_.pixels)) {}
+        items_(arena_.take<Item>(elements() + Stage<A>::kPad)),
+        other_(arena_.take<Item>(elements() + Stage<A>::kPad)) {}
 
   static int64_t workspace(const SegmentationInput& in, bool per_image) {
     return Lovasz(in, per_image, false, nullptr, nullptr, nullptr).arena_.used();
@@ -100,12 +101,17 @@ class Lovasz {
   // Class c of images first..first + images_.
   double run(int64_t first, int64_t c, void* to) {
     memset(counts_, 0, sizeof(uint32_t) * Item::kPasses * kDigits);
-    used_ = foreground_ = 0;
+    foreground_ = 0;
+    least_ = A(__builtin_inf());
+    most_error_ = A(0);
+    errors_ = reinterpret_cast<A*>(other_);  // two numbers an element fit into a record
+    codes_ = errors_ + elements() + Stage<A>::kPad;
     for (int64_t image = 0; image < images_; ++image)
       for (int64_t i = 0; i < in_.pixels; i += stage_.step) {
         stage_.begin(first + image, i, smaller(stage_.step, in_.pixels - i));
         collect(image, c);
       }
+    select();
     sort();
     A* plane = reinterpret_cast<A*>(other_);  // a record is at least as large
     const double loss = slopes(plane);
@@ -121,46 +127,75 @@ class Lovasz {
   const A *most_, *scale_;
   Arena arena_;
   Stage<A> stage_;
-  A *error_, *below_;  // of a block: errors, and whether they fall as p grows
-  uint32_t* counts_;   // [passes, kDigits]
+  uint32_t* counts_;  // [passes, kDigits]
   Item *items_, *other_;
+  A *errors_ = nullptr,
+    *codes_ = nullptr;                  // of the plane; a code is 1 for an element of the class, plus 2 where falling
+  A least_ = A(0), most_error_ = A(0);  // the smallest error of the class, the largest of all
   int64_t used_ = 0, foreground_ = 0;
+
+  int64_t elements() const { return images_ * in_.pixels; }
 
   void collect(int64_t image, int64_t c) {
     const A* z = stage_.load_class(c);
     stage_.load_target(c);
     const int64_t at = stage_.image * in_.pixels + stage_.first;
     const V out = broadcast<A>(kLeftOut<A>), half = broadcast<A>(A(0.5)), one = broadcast<A>(A(1));
+    const V two = broadcast<A>(A(2)), infinity = broadcast<A>(A(__builtin_inf()));
     const bool softmax = in_.activation == Activation::kSoftmax, sigmoid = in_.activation == Activation::kSigmoid;
+    A* errors = errors_ + image * in_.pixels + stage_.first;
+    A* codes = codes_ + image * in_.pixels + stage_.first;
+    V least = infinity, most{}, number{};
     for (int64_t i = 0; i < stage_.padded; i += kLane) {
       const V gi = load(stage_.g + i), x = load(z + i);
-      const V g = gi >= half ? one : V{};
-      V e;
+      const auto counts = gi != out, own = (gi >= half) & counts;
+      const V g = own ? one : V{};
+      V e, falling;
       if (hinge_) {
         e = one - x * (g + g - one);
         e = e <= V{} ? V{} : e;
-        store(below_ + i, g);
+        falling = own ? two : V{};
       } else {
         V p = x;
         if (softmax) p = exp_nonpositive(x - load(most_ + at + i)) * load(scale_ + at + i);
         if (sigmoid) p = sigmoid_of<A>(x).p;
         e = p < g ? g - p : p - g;
-        store(below_ + i, p < g ? one : V{});
+        falling = p < g ? two : V{};
       }
-      store(error_ + i, gi == out ? V{} : e);
-      store(stage_.g + i, gi == out ? V{} : g);
+      e = counts ? e : V{};
+      store(errors + i, e);
+      store(codes + i, g + falling);
+      const V of_class = own ? e : infinity;
+      least = of_class < least ? of_class : least;
+      most = most < e ? e : most;
+      number += g;
     }
-    const uint32_t first = uint32_t(image * in_.pixels + stage_.first);
-    for (int64_t i = 0; i < stage_.count; ++i) {
-      const A e = error_[i];
-      const bool yes = stage_.g[i] != A(0);
-      const Item item = Item::of(__builtin_fabs(e),
-                                 uint32_t(first + i) | (yes ? kForeground : 0) | (below_[i] != A(0) ? kFalling : 0));
-      foreground_ += yes;
-      items_[used_] = item;
-      const int counts = e != A(0);
-      used_ += counts;
-      for (int pass = 0; pass < Item::kPasses; ++pass) counts_[pass * kDigits + digit(item, pass)] += counts;
+    for (int64_t lane = 0; lane < kLane; ++lane) {
+      if (least[lane] < least_) least_ = least[lane];
+      if (most_error_ < most[lane]) most_error_ = most[lane];
+      foreground_ += int64_t(number[lane]);
+    }
+  }
+
+  // The records of the elements whose slopes can be other than 0, and how often they have which digits.
+  void select() {
+    used_ = 0;
+    const A least = foreground_ > 0 ? least_ : most_error_;
+    const V bound = broadcast<A>(least);
+    const int64_t n = elements();
+    for (int64_t i = 0; i < n; i += kLane) {
+      const V e = load(errors_ + i);
+      // Not "at least": NaNs, which come first, stay.
+      uint32_t lanes = lane_bits<A>(~(e < bound) & (e != V{}));
+      if (n - i < kLane) lanes &= (1u << (n - i)) - 1;
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int64_t at = i + __builtin_ctz(lanes);
+        const int code = int(codes_[at]);
+        const Item item = Item::of(__builtin_fabs(errors_[at]),
+                                   uint32_t(at) | (code & 1 ? kForeground : 0) | (code & 2 ? kFalling : 0));
+        items_[used_++] = item;
+        for (int pass = 0; pass < Item::kPasses; ++pass) ++counts_[pass * kDigits + digit(item, pass)];
+      }
     }
   }
 

@@ -18,6 +18,7 @@ class PixelLoss : Probabilities<A> {
   using Base::each_block;
   using Base::elementwise_row;
   using Base::in_;
+  using Base::keep_log_sums;
   using Base::log_p_;
   using Base::log_rest_;
   using Base::most_;
@@ -65,13 +66,14 @@ class PixelLoss : Probabilities<A> {
   A *of_pos_, *of_neg_, *of_nll_;
 
   void label_softmax(A total_of_nll) {
-    softmax();
+    if (in_.smoothing || !this->template softmax_of_labels<false>()) softmax();
     const V none = broadcast<A>(stage_.limit()), gamma = broadcast<A>(A(in_.gamma));
     for (int64_t i = 0; i < stage_.padded; ++i) rest_[i] = of_pos_[stage_.index[i]];
     with_gamma(in_.gamma, [&](auto tag) {
       for (int64_t i = 0; i < stage_.padded; i += kLane) {
         const V s = load(total_ + i), d = load(own_ + i) - load(most_ + i);
         const V log_s = log(s), log_p = log_s - d;
+        store(shared_ + i, log_s);
         V loss = log_p;
         if constexpr (tag.value != Gamma::kZero) {
           const V p = exp_nonpositive(d) / s;
@@ -82,6 +84,7 @@ class PixelLoss : Probabilities<A> {
         store(delta_ + i, load(stage_.label + i) == none ? V{} : loss);
       }
     });
+    keep_log_sums(shared_);
     if (!in_.smoothing) return;
     for (int64_t c = 0; c < in_.classes; ++c) {
       const A* d = stage_.logits + c * stage_.step;

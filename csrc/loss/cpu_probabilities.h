@@ -103,6 +103,99 @@ class Probabilities {
     }
   }
 
+  // Keeps the logarithms of the sums for the backward pass; log_s: those after the maxima have been taken out.
+  void keep_log_sums(const A* log_s) {
+    if (in_.log_sum == nullptr) return;
+    const V none = broadcast<A>(stage_.limit());
+    for (int64_t i = 0; i < stage_.padded; i += kLane)
+      store(own_ + i, load(stage_.label + i) == none ? V{} : load(most_ + i) + load(log_s + i));
+    stage_.keep_log_sums(own_);
+  }
+
+  // What softmax() leaves, in one pass: `most_` are the labels' logits instead of the maxima. Exponentials are kept only
+  // where asked for. false, and nothing done: a logit is so far above the label's that its exponential leaves the range.
+  template <bool kKeep>
+  bool softmax_of_labels() {
+    constexpr int kMost = 64;
+    const int64_t padded = stage_.padded, step = stage_.step;
+    const auto z = stage_.logits_where_they_lie();
+    own_of(z);
+    for (int64_t i = 0; i < padded; i += kLane) store(total_ + i, V{});
+    V worst{};
+    for (int64_t c = 0; c < in_.classes; ++c) {
+      const A* from = z.first + c * z.step;
+      A* e = exps_ + c * step;
+      const auto each = [&](const auto& counted) {
+        for (int64_t i = 0; i < padded; i += kLane) {
+          __builtin_prefetch(from + step + i, 0, 3);
+          const V d = load(from + i) - load(own_ + i);
+          worst = worst < d ? d : worst;
+          const V v = counted(i, exp_nonpositive(d));
+          if constexpr (kKeep) store(e + i, v);
+          store(total_ + i, load(total_ + i) + v);
+        }
+      };
+      each_counted(each);
+    }
+    for (int64_t lane = 0; lane < kLane; ++lane)
+      if (worst[lane] > kMost) return false;
+    for (int64_t i = 0; i < padded; i += kLane) store(most_ + i, load(own_ + i));
+    return true;
+  }
+
+  // What softmax() leaves, from what the forward pass has kept: probabilities for exponentials, `most_` the logarithms of
+  // the sums, the sums 1. Also sum_c p_c (of_p + of_pp p_c) into `dots`, while the probabilities are in registers.
+  // false: nothing that serves was kept.
+  bool recall(const A* of_p, const A* of_pp, A* dots) {
+    if (!stage_.load_log_sums(most_)) return false;
+    const int64_t padded = stage_.padded, step = stage_.step;
+    const auto z = stage_.logits_where_they_lie();
+    own_of(z);
+    bound_own();
+    const V one = broadcast<A>(A(1));
+    for (int64_t i = 0; i < padded; i += kLane) store(dots + i, V{});
+    for (int64_t c = 0; c < in_.classes; ++c) {
+      const A* from = z.first + c * z.step;
+      A* e = exps_ + c * step;
+      const V a = broadcast<A>(of_p[c]), b = broadcast<A>(of_pp[c]);
+      const auto each = [&](const auto& counted) {
+        for (int64_t i = 0; i < padded; i += kLane) {
+          __builtin_prefetch(from + step + i, 0, 3);
+          const V p = counted(i, exp_nonpositive(load(from + i) - load(most_ + i)));
+          store(e + i, p);
+          store(dots + i, load(dots + i) + p * (a + b * p));
+        }
+      };
+      each_counted(each);
+    }
+    for (int64_t i = 0; i < padded; i += kLane) store(total_ + i, one);
+    return true;
+  }
+
+  // Calls loop(counted): counted(i, v) is v where the pixels at i count, else 0.
+  template <typename F>
+  void each_counted(const F& loop) {
+    if (stage_.all_count()) return loop([](int64_t, V v) { return v; });
+    const V none = broadcast<A>(stage_.limit());
+    loop([&](int64_t i, V v) { return load(stage_.label + i) == none ? V{} : v; });
+  }
+
+  // The labels' logits; any number for pixels that are left out.
+  void own_of(const typename Stage<A>::Rows& z) {
+    for (int64_t i = 0; i < stage_.padded; ++i) {
+      const int64_t c = stage_.index[i] < in_.classes ? stage_.index[i] : 0;
+      own_[i] = z.first[c * z.step + i];
+    }
+  }
+
+  // Rounding could put the labels' logits above the logarithms of the sums in most_.
+  void bound_own() {
+    for (int64_t i = 0; i < stage_.padded; i += kLane) {
+      const V own = load(own_ + i), most = load(most_ + i);
+      store(own_ + i, most < own ? most : own);
+    }
+  }
+
   // p, 1 - p and logarithms of class c into the rows; row: its exponentials and logits - max.
   void softmax_row(int64_t c) {
     const A* e = exps_ + c * stage_.step;

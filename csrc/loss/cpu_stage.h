@@ -19,6 +19,9 @@ constexpr int64_t kBlockBytes = 16 << 10;  // of a block's logits: the first-lev
 constexpr int64_t kMostPixels = 1024, kLeastPixels = 64;
 constexpr int64_t kCacheLine = 64;
 
+// Kept logarithms of sums serve up to this magnitude: exp(z - L) has an error of |L| units in the last place.
+constexpr int kMostLogSum = 32;
+
 // What an element that is left out has for a target, in g rows. No target is this number.
 template <typename A>
 constexpr A kLeftOut = A(-0x1p127);
@@ -32,8 +35,6 @@ template <typename T>
 struct Pointee<const T*> {
   using Type = T;
 };
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 inline bool is_double(const SegmentationInput& in) { return in.logits.type == Element::kDouble; }
 inline int64_t units_of_image(const SegmentationInput& in) { return (in.pixels + kUnitPixels - 1) / kUnitPixels; }
@@ -182,6 +183,36 @@ class Stage {
     }
     load_channels(in.logits, [&](auto from) { split_channels(from, count, in.classes, logits, step); });
     for (int64_t c = 0; c < in.classes; ++c) pad(logits + c * step, A(0));
+  }
+
+  // Row c of the logits at first + c * step: in their own memory where that will do, else in the scratch.
+  struct Rows {
+    const A* first;
+    int64_t step;
+  };
+  Rows logits_where_they_lie() {
+    if (in_place(in.logits.type)) {
+      const A* image_first = static_cast<const A*>(in.logits.data) + image * in.classes * in.pixels;
+      return {image_first + first, in.pixels};
+    }
+    load_all_logits();
+    return {logits, step};
+  }
+
+  // The logarithms of the sums that the forward pass has kept, into `row`; false where there are none that serve.
+  bool load_log_sums(A* row) const {
+    if (in.log_sum == nullptr) return false;
+    const A* from = static_cast<const A*>(in.log_sum) + image * in.pixels + first;
+    bool serve = true;
+    for (int64_t i = 0; i < count; ++i) {
+      row[i] = from[i];
+      serve &= from[i] <= kMostLogSum && from[i] >= -kMostLogSum;
+    }
+    pad(row, A(0));
+    return serve;
+  }
+  void keep_log_sums(const A* row) const {
+    memcpy(static_cast<A*>(in.log_sum) + image * in.pixels + first, row, count * sizeof(A));
   }
 
   // Class c's targets into g; kLeftOut where an element does not count.

@@ -55,6 +55,7 @@ class Statistics : Probabilities<A> {
   using Base::elementwise_row;
   using Base::exps_;
   using Base::in_;
+  using Base::keep_log_sums;
   using Base::log_p_;
   using Base::log_rest_;
   using Base::most_;
@@ -96,7 +97,9 @@ class Statistics : Probabilities<A> {
   UnitSums sums_;
 
   void label_softmax_statistics() {
-    softmax();
+    const bool done = !in_.smoothing && (in_.region ? this->template softmax_of_labels<true>()
+                                                    : this->template softmax_of_labels<false>());
+    if (!done) softmax();
     const int64_t padded = stage_.padded, count = stage_.count, step = stage_.step;
     const V none = broadcast<A>(stage_.limit());
     const V gamma = broadcast<A>(A(in_.gamma));
@@ -115,6 +118,7 @@ class Statistics : Probabilities<A> {
         weights += w;
       }
     });
+    keep_log_sums(shared_);
     if (in_.classes <= kComparedClasses) {
       if (in_.region && in_.pixel) compare_labels<true, true>();
       if (in_.region && !in_.pixel) compare_labels<true, false>();

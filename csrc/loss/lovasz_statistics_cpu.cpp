@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> lovasz_statistics(Tensor logits, Tensor target, std::
   PYSEG_CHECK(in.pixels * (per_image ? 1 : in.images) < kMostLovaszPixels, kOp,
               ": a class must have fewer than 2^30 pixels, got logits ", logits.sizes());
   Tensor loss = torch::stable::new_zeros(logits, {groups, in.classes}, ScalarType::Double);
-  Tensor grad = new_like(logits, in.logits.channels_last, slopes_dtype(logits));
+  Tensor grad = new_like(logits, in.logits.channels_last, wide_dtype(logits));
   if (grad.numel() == 0) return {loss, grad};
   maps.run(
       [&](const SegmentationRun& run) {

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> lovasz_statistics(Tensor logits, Tensor target, std::
   PYSEG_CHECK(elements < int64_t{1} << 30, kOp, ": a class must have fewer than 2^30 pixels, got logits ",
               logits.sizes());
   const CudaLaunches launches(kOp, logits);
-  const ScalarType number = slopes_dtype(logits);
+  const ScalarType number = wide_dtype(logits);
   const Tensor grad = new_like(logits, a.channels_last, number);
   if (grad.numel() == 0) return {torch::stable::new_zeros(logits, {groups, a.classes}, ScalarType::Double), grad};
   const Tensor loss = torch::stable::new_empty(logits, {groups, a.classes}, ScalarType::Double);

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <tuple>
+
 #include "loss/segmentation_cpu.h"
 
 namespace pyseg::loss {
@@ -40,27 +42,32 @@ struct Arguments {
   }
 };
 
-Tensor pixel_cross_entropy(Tensor logits, Tensor target, OptTensor class_weight, std::string activation,
-                           OptInt ignore_index, double gamma, double label_smoothing) {
-  const Arguments a("pixel_cross_entropy", logits, target, class_weight, activation, ignore_index, gamma,
-                    label_smoothing);
+std::tuple<Tensor, Tensor> pixel_cross_entropy(Tensor logits, Tensor target, OptTensor class_weight,
+                                               std::string activation, OptInt ignore_index, double gamma,
+                                               double label_smoothing) {
+  Arguments a("pixel_cross_entropy", logits, target, class_weight, activation, ignore_index, gamma, label_smoothing);
   const SegmentationInput& in = a.maps.input;
   Tensor out = new_pixel_loss(logits, in.activation, in.logits.channels_last);
-  if (out.numel() == 0) return out;
+  const Tensor log_sum = new_log_sum(logits, in.activation, in.dense);
+  if (out.numel() == 0) return {out, log_sum};
+  a.maps.set_log_sum(log_sum);
   a.maps.run([&](const SegmentationRun& run) {
     segmentation_kernels().pixel_loss(in, a.factors.data(), out.data_ptr(), run);
   });
-  return out;
+  return {out, log_sum};
 }
 
 Tensor pixel_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, OptTensor class_weight,
-                                    std::string activation, OptInt ignore_index, double gamma, double label_smoothing) {
+                                    std::string activation, OptInt ignore_index, double gamma, double label_smoothing,
+                                    Tensor log_sum) {
   constexpr const char* kOp = "_pixel_cross_entropy_backward";
   Arguments a(kOp, logits, target, class_weight, activation, ignore_index, gamma, label_smoothing);
   const SegmentationInput& in = a.maps.input;
   check_weight(kOp, "grad", grad, logits,
                in.activation == Activation::kSoftmax ? sizes_of_pixels(logits) : sizes_of(logits));
+  check_log_sum(kOp, log_sum, logits);
   a.maps.set_weight(grad);
+  a.maps.set_log_sum(log_sum);
   Tensor out = new_like(logits, in.logits.channels_last);
   if (out.numel() == 0) return out;
   a.maps.run([&](const SegmentationRun& run) {

@@ -143,6 +143,33 @@ inline torch::stable::Tensor in_a_format(const torch::stable::Tensor& t) {
   return t.dim() > 3 && is_dense_channels_last(t) ? t : torch::stable::contiguous(t);
 }
 
+// --- What the forward pass of a softmax with labels keeps for the backward pass on the CPU
+
+// From this many classes the logarithms of the sums take at most 1/20 of the gradient's memory.
+constexpr int64_t kLogSumClasses = 20;
+
+// float64 for float64 logits, else float32.
+inline torch::headeronly::ScalarType wide_dtype(const torch::stable::Tensor& logits) {
+  using torch::headeronly::ScalarType;
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// [N, *S], or [0] where none are kept.
+inline torch::stable::Tensor new_log_sum(const torch::stable::Tensor& logits, Activation activation, bool dense) {
+  const bool kept =
+      !logits.is_cuda() && activation == Activation::kSoftmax && !dense && logits.size(1) >= kLogSumClasses;
+  return torch::stable::new_empty(logits, kept ? sizes_of_pixels(logits) : Ints{0}, wide_dtype(logits));
+}
+
+inline void check_log_sum(const char* op, const torch::stable::Tensor& log_sum, const torch::stable::Tensor& logits) {
+  check_same_device(op, "log_sum", log_sum, logits);
+  PYSEG_CHECK(log_sum.scalar_type() == wide_dtype(logits), op, ": log_sum must be ",
+              logits.scalar_type() == torch::headeronly::ScalarType::Double ? "float64" : "float32", ", got ",
+              dtype_name(log_sum));
+  PYSEG_CHECK(sizes_of(log_sum) == Ints{0} || (sizes_of(log_sum) == sizes_of_pixels(logits) && log_sum.is_contiguous()),
+              op, ": log_sum must be contiguous ", sizes_of_pixels(logits), " or [0], got ", log_sum.sizes());
+}
+
 // --- pixel_cross_entropy
 
 inline void check_pixel_cross_entropy(const char* op, const torch::stable::Tensor& logits,
@@ -172,18 +199,8 @@ inline PixelLossTerms pixel_loss_terms(const char* op, Activation activation, bo
 
 inline torch::stable::Tensor new_pixel_loss(const torch::stable::Tensor& logits, Activation activation,
                                             bool channels_last) {
-  using torch::headeronly::ScalarType;
-  const ScalarType dtype = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  if (activation != Activation::kSoftmax) return new_like(logits, channels_last, dtype);
-  return torch::stable::new_empty(logits, sizes_of_pixels(logits), dtype);
-}
-
-// --- lovasz_statistics
-
-// The dtype of grad_p: slopes of a large class are smaller than float16 has numbers for.
-inline torch::headeronly::ScalarType slopes_dtype(const torch::stable::Tensor& logits) {
-  using torch::headeronly::ScalarType;
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (activation != Activation::kSoftmax) return new_like(logits, channels_last, wide_dtype(logits));
+  return torch::stable::new_empty(logits, sizes_of_pixels(logits), wide_dtype(logits));
 }
 
 // --- _activation_vjp

@@ -52,6 +52,11 @@ class SegmentationMaps {
     input.weight = keep(input.dense_weight ? in_a_format(*weight) : torch::stable::contiguous(*weight));
   }
 
+  // What forward passes keep; nothing where `log_sum` has no elements.
+  void set_log_sum(const torch::stable::Tensor& log_sum) {
+    input.log_sum = log_sum.numel() > 0 ? log_sum.data_ptr() : nullptr;
+  }
+
   // Calls f(run) and raises what it finds wrong with the labels.
   template <typename F>
   void run(const F& f) const {

@@ -30,6 +30,9 @@ struct SegmentationInput {
   Activation activation;
   double gamma;
   bool region, pixel, smoothing;  // the groups of columns that are wanted
+  // Softmax and labels: [images, pixels] logarithms of sums of exponentials, in the type that is computed in, which forward
+  // passes write and the backward pass reads; null: none are kept.
+  void* log_sum;
 };
 
 // The first label of a worker's share that is neither in its range nor ignored.

@@ -29,8 +29,6 @@ __device__ __forceinline__ A load_number(const void* data, Element type, int64_t
   }
 }
 
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
 __device__ __forceinline__ float logarithm_1p(float x) { return log1pf(x); }

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <tuple>
+
 #include "loss/segmentation_cpu.h"
 
 namespace pyseg::loss {
@@ -29,28 +31,33 @@ SegmentationMaps read_arguments(const char* op, const Tensor& logits, const Tens
   return maps;
 }
 
-Tensor segmentation_statistics(Tensor logits, Tensor target, OptTensor pixel_weight, std::string activation,
-                               OptInt ignore_index, double gamma, bool region, bool pixel, bool smoothing) {
-  const SegmentationMaps maps =
+std::tuple<Tensor, Tensor> segmentation_statistics(Tensor logits, Tensor target, OptTensor pixel_weight,
+                                                   std::string activation, OptInt ignore_index, double gamma,
+                                                   bool region, bool pixel, bool smoothing) {
+  SegmentationMaps maps =
       read_arguments(kForward, logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel, smoothing);
   const SegmentationInput& in = maps.input;
   Tensor out = torch::stable::new_empty(logits, {in.images, in.classes, kStatistics}, ScalarType::Double);
-  if (out.numel() == 0) return out;
+  const Tensor log_sum = new_log_sum(logits, in.activation, in.dense);
+  if (out.numel() == 0) return {out, log_sum};
+  maps.set_log_sum(log_sum);
   const Tensor partial = torch::stable::new_empty(
       logits, {segmentation_kernels().partials(in), in.classes, kStatistics}, ScalarType::Double);
   maps.run([&](const SegmentationRun& run) {
     segmentation_kernels().statistics(in, data<double>(partial), data<double>(out), run);
   });
-  return out;
+  return {out, log_sum};
 }
 
 Tensor segmentation_statistics_backward(Tensor grad, Tensor logits, Tensor target, OptTensor pixel_weight,
                                         std::string activation, OptInt ignore_index, double gamma, bool region,
-                                        bool pixel, bool smoothing) {
-  const SegmentationMaps maps = read_arguments(kBackward, logits, target, pixel_weight, activation, ignore_index, gamma,
-                                               region, pixel, smoothing);
+                                        bool pixel, bool smoothing, Tensor log_sum) {
+  SegmentationMaps maps = read_arguments(kBackward, logits, target, pixel_weight, activation, ignore_index, gamma,
+                                         region, pixel, smoothing);
   const SegmentationInput& in = maps.input;
   check_grad(kBackward, grad, logits);
+  check_log_sum(kBackward, log_sum, logits);
+  maps.set_log_sum(log_sum);
   Tensor out = new_like(logits, in.logits.channels_last);
   if (out.numel() == 0) return out;
   const Tensor rows = torch::stable::contiguous(grad);

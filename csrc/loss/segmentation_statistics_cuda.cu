@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <string>
+#include <tuple>
 
 #include "loss/segmentation_maps_cuda.h"
 
@@ -30,14 +31,16 @@ CudaMaps read_statistics(const char* op, const Tensor& logits, const Tensor& tar
   return maps;
 }
 
-Tensor segmentation_statistics(Tensor logits, Tensor target, OptTensor pixel_weight, std::string activation,
-                               OptInt ignore_index, double gamma, bool region, bool pixel, bool smoothing) {
+std::tuple<Tensor, Tensor> segmentation_statistics(Tensor logits, Tensor target, OptTensor pixel_weight,
+                                                   std::string activation, OptInt ignore_index, double gamma,
+                                                   bool region, bool pixel, bool smoothing) {
   constexpr const char* kOp = "segmentation_statistics";
   CudaMaps maps =
       read_statistics(kOp, logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel, smoothing);
   SegmentationArgs& a = maps.args;
+  const Tensor log_sum = new_log_sum(logits, a.activation, a.dense);
   if (a.images == 0 || a.pixels == 0)
-    return torch::stable::new_zeros(logits, {a.images, a.classes, kStatistics}, ScalarType::Double);
+    return {torch::stable::new_zeros(logits, {a.images, a.classes, kStatistics}, ScalarType::Double), log_sum};
   const CudaLaunches launches(kOp, logits);
   Tensor out = torch::stable::new_empty(logits, {a.images, a.classes, kStatistics}, ScalarType::Double);
   const Tensor partial =
@@ -45,16 +48,17 @@ Tensor segmentation_statistics(Tensor logits, Tensor target, OptTensor pixel_wei
   a.partial = static_cast<double*>(partial.data_ptr());
   a.statistics = static_cast<double*>(out.data_ptr());
   launches.check(launch_statistics(a, launches.stream()));
-  return out;
+  return {out, log_sum};
 }
 
 Tensor segmentation_statistics_backward(Tensor grad, Tensor logits, Tensor target, OptTensor pixel_weight,
                                         std::string activation, OptInt ignore_index, double gamma, bool region,
-                                        bool pixel, bool smoothing) {
+                                        bool pixel, bool smoothing, Tensor log_sum) {
   constexpr const char* kOp = "_segmentation_statistics_backward";
   CudaMaps maps =
       read_statistics(kOp, logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel, smoothing);
   check_grad(kOp, grad, logits);
+  check_log_sum(kOp, log_sum, logits);
   const CudaLaunches launches(kOp, logits);
   const Tensor out = new_like(logits, maps.args.channels_last);
   if (out.numel() == 0) return out;
@@ -84,24 +88,28 @@ CudaMaps read_pixel_loss(const char* op, const Tensor& logits, const Tensor& tar
   return maps;
 }
 
-Tensor pixel_cross_entropy(Tensor logits, Tensor target, OptTensor class_weight, std::string activation,
-                           OptInt ignore_index, double gamma, double label_smoothing) {
+std::tuple<Tensor, Tensor> pixel_cross_entropy(Tensor logits, Tensor target, OptTensor class_weight,
+                                               std::string activation, OptInt ignore_index, double gamma,
+                                               double label_smoothing) {
   constexpr const char* kOp = "pixel_cross_entropy";
   CudaMaps maps = read_pixel_loss(kOp, logits, target, class_weight, activation, ignore_index, gamma, label_smoothing);
   const CudaLaunches launches(kOp, logits);
   const Tensor out = new_pixel_loss(logits, maps.args.activation, maps.args.channels_last);
-  if (out.numel() == 0) return out;
+  const Tensor log_sum = new_log_sum(logits, maps.args.activation, maps.args.dense);
+  if (out.numel() == 0) return {out, log_sum};
   maps.set_result(out);
   launches.check(launch_pixel_loss(maps.args, launches.stream()));
-  return out;
+  return {out, log_sum};
 }
 
 Tensor pixel_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, OptTensor class_weight,
-                                    std::string activation, OptInt ignore_index, double gamma, double label_smoothing) {
+                                    std::string activation, OptInt ignore_index, double gamma, double label_smoothing,
+                                    Tensor log_sum) {
   constexpr const char* kOp = "_pixel_cross_entropy_backward";
   CudaMaps maps = read_pixel_loss(kOp, logits, target, class_weight, activation, ignore_index, gamma, label_smoothing);
   check_weight(kOp, "grad", grad, logits,
                maps.args.activation == Activation::kSoftmax ? sizes_of_pixels(logits) : sizes_of(logits));
+  check_log_sum(kOp, log_sum, logits);
   maps.set_weight(grad, logits.dim());
   const CudaLaunches launches(kOp, logits);
   const Tensor out = new_like(logits, maps.args.channels_last);

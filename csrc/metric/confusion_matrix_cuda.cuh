@@ -11,11 +11,9 @@
 // A label out of range raises a flag, and the last kernel poisons that matrix: see kPoison.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "common/element_cuda.cuh"
 #include "metric/confusion_matrix_math.h"
 
 namespace pyseg::metric {
@@ -39,18 +37,13 @@ __device__ inline int64_t load_label(const void* labels, LabelType type, int64_t
   }
 }
 
-__device__ inline float comparable(float v) { return v; }
-__device__ inline double comparable(double v) { return v; }
-__device__ inline float comparable(__half v) { return __half2float(v); }
-__device__ inline float comparable(__nv_bfloat16 v) { return __bfloat162float(v); }
-
 // The first of the largest, NaN counting as the largest, as torch.argmax has it.
 template <typename T>
 struct Best {
-  decltype(comparable(T{})) value;
+  Accumulator<T> value;
   int cls;
   __device__ void offer(T logit, int c) {
-    const auto v = comparable(logit);
+    const auto v = widen(logit);
     if (c == 0 || (!(v <= value) && value == value)) {
       value = v;
       cls = c;

@@ -111,13 +111,14 @@ class RoiBackward {
   template <typename S>
   void add_maximum(const View<A>& to, const View<const S>& input, const BoxPlan<A>& plan, const A* g, int64_t stride,
                    int64_t n) const {
-    A best[kMostChannels], which[kMostChannels], own[kMostChannels];
+    A best[kMostChannels], own[kMostChannels];
+    PointNumber<A> which[kMostChannels];
     each_bin([&](int64_t bin, int64_t z, int64_t y, int64_t x) {
       maximum(input, plan, z, y, x, n, best, which);
-      int64_t number = 0;
+      PointNumber<A> number = 0;
       each_sample(plan.box, z, y, x, [&](const roi::Sample<A>& s) {
         if (s.inside) {
-          for (int64_t c = 0; c < n; ++c) own[c] = which[c] == A(number) ? g[bin * stride + c] : A(0);
+          for (int64_t c = 0; c < n; ++c) own[c] = which[c] == number ? g[bin * stride + c] : A(0);
           each_corner(s, plan.box.dims, to.stride, [&](int64_t offset, A weight, const A*) {
             for (int64_t c = 0; c < n; ++c) to.data[offset + c] += weight * own[c];
           });
@@ -161,8 +162,7 @@ class RoiBackward {
     for_each_part(workers_, (a_.channels + width - 1) / width, [&](int64_t worker, int64_t first, int64_t last) {
       const View<A> sum = group.view(sums + worker * size, width);
       for (int64_t c = first * width; c < smaller(last * width, a_.channels); c += width) {
-        const int64_t n = smaller(width, a_.channels - c),
-                      padded = (n + kTransposeBlock - 1) / kTransposeBlock * kTransposeBlock;
+        const int64_t n = smaller(width, a_.channels - c), padded = round_up(n, kTransposeBlock);
         marks.each_run(0, group.rows, [&](int64_t row, int64_t x, int64_t count, bool marked) {
           if (marked) memset(sum.data + (row * group.width + x) * width, 0, count * width * sizeof(A));
         });
@@ -223,8 +223,7 @@ class RoiBackward {
     A* const inputs = reserve(&inputs_, group.rows * group.width * width);
     const View<const A> input = group.template view<const A>(inputs, width);
     for (int64_t c = 0; c < a_.channels; c += width) {
-      const int64_t n = smaller(width, a_.channels - c),
-                    padded = (n + kTransposeBlock - 1) / kTransposeBlock * kTransposeBlock;
+      const int64_t n = smaller(width, a_.channels - c), padded = round_up(n, kTransposeBlock);
       for_each_part(workers_, group.rows, [&](int64_t, int64_t first, int64_t last) {
         gather(group, marks, first, last, c, n, inputs, width);
       });
@@ -239,15 +238,15 @@ class RoiBackward {
   }
 
   void add_box(const View<const A>& input, const BoxPlan<A>& plan, const A* g, int64_t stride, int64_t n) const {
-    A row[roi::kMostColumns] = {}, best[kMostChannels], which[kMostChannels], own[kMostChannels];
+    A row[roi::kMostColumns] = {}, best[kMostChannels], own[kMostChannels];
+    PointNumber<A> which[kMostChannels];
     const A part = a_.maximum ? A(1) : A(1) / samples_of(plan.box);
     each_bin([&](int64_t bin, int64_t z, int64_t y, int64_t x) {
       if (a_.maximum) maximum(input, plan, z, y, x, n, best, which);
-      int64_t number = 0;
+      PointNumber<A> number = 0;
       each_sample(plan.box, z, y, x, [&](const roi::Sample<A>& s) {
         if (s.inside) {
-          for (int64_t c = 0; c < n; ++c)
-            own[c] = a_.maximum && which[c] != A(number) ? A(0) : part * g[bin * stride + c];
+          for (int64_t c = 0; c < n; ++c) own[c] = a_.maximum && which[c] != number ? A(0) : part * g[bin * stride + c];
           A by_point[kAxes] = {};
           each_corner(s, plan.box.dims, input.stride, [&](int64_t offset, A, const A* derivative) {
             Vec<A> sum{};

@@ -62,14 +62,18 @@ inline void interpolate(const View<const T>& from, const roi::Sample<A>& s, int 
   });
 }
 
+// Points of a bin are counted in integers as wide as A, so that vectors of both have the same lanes.
+template <typename A>
+using PointNumber = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+
 // best[c] = the largest value among a bin's points, which[c] the number of the first point on the map that has it, or
 // -1: none, as points off the map have the value 0. A NaN is larger than all. n <= kMostChannels.
 template <typename T, typename A>
 inline void maximum(const View<const T>& from, const BoxPlan<A>& plan, int64_t z, int64_t y, int64_t x, int64_t n,
-                    A* best, A* which) {
+                    A* best, PointNumber<A>* which) {
   A value[kMostChannels];
-  int64_t number = 0, on_map = 0;
-  for (int64_t c = 0; c < n; ++c) best[c] = A(0), which[c] = A(-1);
+  PointNumber<A> number = 0, on_map = 0;
+  for (int64_t c = 0; c < n; ++c) best[c] = A(0), which[c] = -1;
   each_sample(plan.box, z, y, x, [&](const roi::Sample<A>& s) {
     if (s.inside) {
       interpolate(from, s, plan.box.dims, n, value);
@@ -78,14 +82,14 @@ inline void maximum(const View<const T>& from, const BoxPlan<A>& plan, int64_t z
         const A v = value[c], b = best[c];
         const bool better = none | (v > b) | ((v != v) & (b == b));
         best[c] = better ? v : b;
-        which[c] = better ? A(number) : which[c];
+        which[c] = better ? number : which[c];
       }
     }
     ++number;
   });
-  if (A(on_map) == samples_of(plan.box)) return;
+  if (double(on_map) == point_count(plan.box)) return;
   for (int64_t c = 0; c < n; ++c) {
-    which[c] = best[c] < A(0) ? A(-1) : which[c];
+    which[c] = best[c] < A(0) ? -1 : which[c];
     best[c] = best[c] < A(0) ? A(0) : best[c];
   }
 }
@@ -165,7 +169,7 @@ class RoiForward {
   template <typename S>
   void box(const View<const S>& from, const BoxPlan<A>& plan, int64_t worker, int64_t c0, int64_t n,
            bool padded) const {
-    const int64_t computed = padded && staged_ ? (n + kTransposeBlock - 1) / kTransposeBlock * kTransposeBlock : n;
+    const int64_t computed = padded && staged_ ? round_up(n, kTransposeBlock) : n;
     A* const stage = staged_ ? stage_ + worker * stage_size() : nullptr;
     T* const out = output(plan.index);
     int64_t bin = 0;
@@ -179,7 +183,7 @@ class RoiForward {
             to = stage + bin * kMostChannels;
           }
           if (a_.maximum) {
-            A which[kMostChannels];
+            PointNumber<A> which[kMostChannels];
             maximum(from, plan, z, y, x, computed, to, which);
           } else if (plan.box.rotated) {
             average(from.data, SampledTaps<A>{plan, from.stride, z, y, x}, to, computed);

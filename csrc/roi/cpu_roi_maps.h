@@ -75,7 +75,7 @@ inline int64_t block_channels(const RoiArgs& a, const RoiLevel& level, int64_t e
   const int64_t elements = larger<int64_t>(1, level.size[0] * level.size[1] * level.size[2]);
   const int64_t each = (a.channels + workers - 1) / workers;
   const int64_t fitting = smaller(smaller(kBlockBytes / (elements * element_bytes), kMostChannels), each);
-  return larger(kTransposeBlock, (fitting + kTransposeBlock - 1) / kTransposeBlock * kTransposeBlock);
+  return larger(kTransposeBlock, round_up(fitting, kTransposeBlock));
 }
 
 // Elements first .. first + count - 1 of a row of channels c0 .. of an image: block[x][c], zero in channels beyond the

@@ -202,6 +202,12 @@ inline void each_sample(const roi::Box<A>& box, int64_t z, int64_t y, int64_t x,
 }
 
 template <typename A>
+inline double point_count(const roi::Box<A>& box) {
+  double count = 1;
+  for (int axis = 0; axis < kAxes; ++axis) count *= double(box.axis[axis].samples);
+  return count;
+}
+template <typename A>
 inline A samples_of(const roi::Box<A>& box) {
   A samples = 1;
   for (int axis = 0; axis < kAxes; ++axis) samples *= A(box.axis[axis].samples);

@@ -79,6 +79,7 @@ std::vector<int64_t> kept_of(const Tensor& boxes, const Tensor& scores, const st
   check_nms(boxes, scores, idxs);
   const Tensor groups = idxs ? torch::stable::contiguous(*idxs) : scores;
   const int64_t* group = idxs ? static_cast<const int64_t*>(groups.data_ptr()) : nullptr;
+  threshold = nms_threshold(boxes, threshold);
   const Tensor values = as(scores, ScalarType::Double);
   const auto order = order_of(static_cast<const double*>(values.data_ptr()), boxes.size(0));
   return boxes.scalar_type() == ScalarType::Double

@@ -4,6 +4,7 @@
 // Boxes come by falling score; each that is not removed removes those after it that overlap it by more than the
 // threshold. A block of boxes is settled one by one; then all vectors of boxes behind it are compared with those of the
 // block that stay, the vector's coordinates in registers. Threads take groups, or such vectors of a single group.
+// Compiled without fused operations (CMakeLists.txt): results equal torchvision's to the last bit.
 #include "roi/nms_cpu_kernel.h"
 
 #include "common/cpu_workers.h"
@@ -13,17 +14,6 @@ namespace PYSEG_TARGET {
 namespace {
 
 constexpr int64_t kBlock = 256;
-
-// A product or quotient as it is rounded, so that nothing is fused with it: results equal torchvision's to the last bit.
-template <typename A>
-inline Vec<A> rounded(Vec<A> v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__SSE2__)
-  asm("" : "+x"(v));
-#endif
-  return v;
-}
 
 template <typename A>
 class Nms {
@@ -73,9 +63,9 @@ class Nms {
               bottom = broadcast<A>(row(3)[i]);
       const V width = (x2 < right ? x2 : right) - (x1 < left ? left : x1);
       const V height = (y2 < bottom ? y2 : bottom) - (y1 < top ? top : y1);
-      const V overlap = rounded<A>((width < zero ? zero : width) * (height < zero ? zero : height));
+      const V overlap = (width < zero ? zero : width) * (height < zero ? zero : height);
       const V together = broadcast<A>(row(4)[i]) + area - overlap;
-      removed = rounded<A>(overlap / together) > threshold ? one : removed;
+      removed = overlap / together > threshold ? one : removed;
     }
     if (j >= from) return store(removed_ + j, removed);
     for (int64_t lane = 0; lane < kLane; ++lane)

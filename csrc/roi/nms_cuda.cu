@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> nms_padded(Tensor boxes, Tensor scores, std::optional
                       .count = count,
                       .words = words,
                       .pitch = groups_of_words * kNmsGroup,
-                      .threshold = iou_threshold};
+                      .threshold = nms_threshold(boxes, iou_threshold)};
   const Tensor matrix = torch::stable::new_empty(boxes, {count * args.pitch}, ScalarType::Long);
   auto* const bits = static_cast<uint64_t*>(matrix.data_ptr());
   const dim3 grid(static_cast<unsigned>(groups_of_words), static_cast<unsigned>(words));

@@ -62,7 +62,7 @@ class PasteCall {
     for (int64_t k = 0; k < args.count; ++k, box += 4) {
       for (int i = 0; i < 4; ++i)
         PYSEG_CHECK(std::isfinite(box[i]), op, ": boxes must be finite, got ", box[i], " in row ", k);
-      rows_[k] = paste_axis(box[1], box[3], args.mask_height, args.padding, args.height);
+      rows_[k] = paste_axis(box[1], box[3], args.mask_width, args.padding, args.height);
       columns_[k] = paste_axis(box[0], box[2], args.mask_width, args.padding, args.width);
     }
   }
@@ -80,7 +80,7 @@ Tensor paste_masks(Tensor masks, Tensor boxes, int64_t height, int64_t width, do
   Tensor out = new_pasted(masks, height, width, kind);
   if (out.numel() == 0) return out;
   call.args.masks = dense.data_ptr();
-  call.args.threshold = threshold;
+  call.args.threshold = paste_threshold(masks, threshold);
   call.args.output = kind;
   call.run([&](void* workspace, const Workers& workers) {
     paste_kernels().paste(call.args, out.data_ptr(), workspace, workers);
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor> paste_masks_rle(Tensor masks, Tensor boxes, int64_t h
   PasteCall call(kPasteRle, masks, sizes_of(masks), boxes, height, width, padding);
   const Tensor dense = torch::stable::contiguous(masks);
   call.args.masks = dense.data_ptr();
-  call.args.threshold = threshold;
+  call.args.threshold = paste_threshold(masks, threshold);
   Runs runs(masks.size(0));
   if (masks.size(0) > 0) {
     call.run([&](void* workspace, const Workers& workers) {

@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kLine = 64;                     // lines of scratch are whole cache lines
 constexpr int64_t kStreamed = int64_t{16} << 20;  // bytes of output from which stores pass by the caches
 
-constexpr int64_t padded(int64_t n) { return (n + kLine - 1) / kLine * kLine; }
+constexpr int64_t padded(int64_t n) { return round_up(n, kLine); }
 
 // Zeros; where the output is larger than the caches, without reading it first.
 inline void clear(void* to, int64_t bytes, bool streamed) {
@@ -234,7 +234,7 @@ class Paste {
     clear(out + cleared, a_.height * row_bytes() - cleared, streamed());
   }
 
-  // Values are those of the masks' type before they are compared, as in torch.
+  // Values are those of the masks' type before they are compared, as in torch; so is the threshold.
   void compare(const A* values, int64_t count, uint8_t* above) const {
     const A threshold = A(a_.threshold);
     if constexpr (kSame<T, A>) {

@@ -84,7 +84,7 @@ Tensor paste_masks_cuda(Tensor masks, Tensor boxes, int64_t height, int64_t widt
   Tensor out = new_pasted(masks, height, width, kind);
   if (out.numel() == 0) return out;
   call.args.masks = dense.data_ptr();
-  call.args.threshold = threshold;
+  call.args.threshold = paste_threshold(masks, threshold);
   call.args.output = out.data_ptr();
   call.plan(launches);
   const bool packed = kind == PasteOutput::kPacked;
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> paste_masks_rle_cuda(Tensor masks, Tensor boxes, int6
   if (masks.size(0) == 0) return {torch::stable::new_empty(masks, {0}, ScalarType::Byte), sizes};
   const Tensor dense = torch::stable::contiguous(masks);
   call.args.masks = dense.data_ptr();
-  call.args.threshold = threshold;
+  call.args.threshold = paste_threshold(masks, threshold);
   call.plan(launches);
   const auto run = [&](uint8_t* bytes) {
     auto* const each = static_cast<int64_t*>(sizes.data_ptr());

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kPasteThreads) paste_masks_plan(const __grid_c
   if (k >= a.count) return;
   const A* box = static_cast<const A*>(a.boxes) + 4 * k;
   if (isfinite(box[0]) && isfinite(box[1]) && isfinite(box[2]) && isfinite(box[3])) {
-    a.rows[k] = paste_axis(box[1], box[3], a.mask_height, a.padding, a.height);
+    a.rows[k] = paste_axis(box[1], box[3], a.mask_width, a.padding, a.height);
     a.columns[k] = paste_axis(box[0], box[2], a.mask_width, a.padding, a.width);
   } else {
     a.rows[k] = a.columns[k] = {0, 1, 0, 0};

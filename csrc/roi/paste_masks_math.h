@@ -14,7 +14,8 @@ struct PasteAxis {
   int64_t first, length, begin, end;
 };
 
-// A product that is not fused with what follows. (The CPU code that calls this is compiled without fused operations.)
+// A product that is not fused with what follows. (Where boxes are placed, the CPU's code is compiled without fused
+// operations.)
 PYSEG_ROI_INLINE float rounded_product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
@@ -30,11 +31,12 @@ PYSEG_ROI_INLINE double rounded_product(double a, double b) {
 #endif
 }
 
-// Each operation rounds by itself, as in torch.
+// Each operation rounds by itself, as in torch. Along both axes a box grows by the share that the frame adds to the
+// mask's width: so torchvision takes it for masks that are not square.
 template <typename A>
-PYSEG_ROI_INLINE PasteAxis paste_axis(A low, A high, int64_t mask_size, int64_t padding, int64_t image_size) {
+PYSEG_ROI_INLINE PasteAxis paste_axis(A low, A high, int64_t mask_width, int64_t padding, int64_t image_size) {
   constexpr double kFar = double(int64_t{1} << 60);
-  const A scale = A(double(mask_size + 2 * padding) / double(mask_size));
+  const A scale = A(double(mask_width + 2 * padding) / double(mask_width));
   const A half = rounded_product(high - low, A(0.5)), centre = rounded_product(high + low, A(0.5));
   const A reach = rounded_product(half, scale);
   const double from = double(centre - reach), to = double(centre + reach);

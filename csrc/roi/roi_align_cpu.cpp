@@ -99,9 +99,7 @@ class Call {
         PYSEG_CHECK(std::isfinite(row[i]), op_, ": boxes must be finite, got ", row[i], " in row ", k);
       PYSEG_CHECK(row[0] >= 0 && row[0] < A(args.images), op_, ": boxes must have batch indices from 0 to ",
                   args.images - 1, ", got ", row[0], " in row ", k);
-      const int level = pyramid ? pyramid_level(row, rotated, A(pyramid->canonical_size), A(pyramid->canonical_level),
-                                                pyramid->least, pyramid->most)
-                                : 0;
+      const int level = pyramid ? pyramid_level(row, rotated, *pyramid) : 0;
       box_level_[k] = level < args.levels ? level : -1;
       if (box_level_[k] < 0) continue;
       const A y = rotated ? row[2] : (row[2] + row[2 + dims]) / 2, x = rotated ? row[1] : (row[1] + row[1 + dims]) / 2;
@@ -162,8 +160,8 @@ Tensor roi_align(Tensor input, Tensor boxes, Ints output_size, double spatial_sc
 
 Tensor multiscale_roi_align(Tensors features, Tensor boxes, Ints output_size, Floats spatial_scales,
                             int64_t sampling_ratio, bool aligned, std::string mode, int64_t least_level,
-                            int64_t most_level, double canonical_size, double canonical_level) {
-  const Pyramid pyramid = check_pyramid(kMultiscale, least_level, most_level, canonical_size, canonical_level);
+                            int64_t most_level, double canonical_size, double canonical_level, Floats epsilon) {
+  const Pyramid pyramid = check_pyramid(kMultiscale, least_level, most_level, canonical_size, canonical_level, epsilon);
   PYSEG_CHECK(features.empty() || features[0].dim() != 5, kMultiscale, ": features must be [N, C, H, W]");
   return forward(kMultiscale, "features", features, boxes, output_size, spatial_scales, sampling_ratio, aligned, mode,
                  pyramid);

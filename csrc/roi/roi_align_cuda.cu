@@ -62,11 +62,8 @@ class CudaCall {
     args.boxes = boxes.size(0);
     args.columns = boxes.size(1);
     if (pyramid) {
-      args.pyramid = true;
-      args.least = pyramid->least;
-      args.most = pyramid->most;
-      args.canonical_size = pyramid->canonical_size;
-      args.canonical_level = pyramid->canonical_level;
+      args.has_pyramid = true;
+      args.pyramid = *pyramid;
     }
     wide_ = type == Element::kDouble;
     boxes_ = torch::stable::contiguous(torch::stable::to(boxes, wide_ ? ScalarType::Double : ScalarType::Float));
@@ -161,8 +158,8 @@ Tensor roi_align(Tensor input, Tensor boxes, Ints output_size, double spatial_sc
 
 Tensor multiscale_roi_align(Tensors features, Tensor boxes, Ints output_size, Floats spatial_scales,
                             int64_t sampling_ratio, bool aligned, std::string mode, int64_t least_level,
-                            int64_t most_level, double canonical_size, double canonical_level) {
-  const Pyramid pyramid = check_pyramid(kMultiscale, least_level, most_level, canonical_size, canonical_level);
+                            int64_t most_level, double canonical_size, double canonical_level, Floats epsilon) {
+  const Pyramid pyramid = check_pyramid(kMultiscale, least_level, most_level, canonical_size, canonical_level, epsilon);
   PYSEG_CHECK(features.empty() || features[0].dim() != 5, kMultiscale, ": features must be [N, C, H, W]");
   return forward(kMultiscale, "features", features, boxes, output_size, spatial_scales, sampling_ratio, aligned, mode,
                  pyramid);

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kPlanThreads) roi_align_plan(const __grid_cons
   if (!valid) return;
   plan.image = int64_t(row[0]);
   const bool rotated = a.sampling.kind == BoxKind::kRotated;
-  if (a.pyramid) {
-    const int level = pyramid_level(row, rotated, A(a.canonical_size), A(a.canonical_level), a.least, a.most);
+  if (a.has_pyramid) {
+    const int level = pyramid_level(row, rotated, a.pyramid);
     plan.level = level < a.levels ? level : kNoLevel;
     if (plan.level < 0) return;
   }

@@ -40,10 +40,9 @@ struct CudaRoiArgs {
   Sampling sampling;
   bool maximum;
   int64_t boxes, columns;
-  const void* box;  // [boxes, columns], double where the maps are, else float
-  bool pyramid;     // levels are chosen by the boxes' areas
-  int least, most;
-  double canonical_size, canonical_level;
+  const void* box;   // [boxes, columns], double where the maps are, else float
+  bool has_pyramid;  // levels are chosen by the boxes' areas
+  Pyramid pyramid;
   void* plans;              // [boxes] of CudaPlan
   void* output;             // [boxes, C, bins], or null
   const void* grad_output;  // the same, or null

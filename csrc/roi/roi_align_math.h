@@ -228,15 +228,22 @@ PYSEG_ROI_INLINE void add_box_gradient(const Box<A>& box, const Sample<A>& sampl
   }
 }
 
+// How boxes are given their levels. Small terms keep areas that are powers of two from falling one level.
+struct Pyramid {
+  int least, most;
+  double canonical_size, canonical_level;
+  double epsilon[2];  // within the logarithm, and behind it
+};
+
 // The level of a pyramid that a box belongs to (Lin et al. 2017, Feature Pyramid Networks, equation 1): floor(level0 +
-// log2(sqrt(area) / size0)), within [least, most], counted from `least`; -1 for a box of negative area. The small term
-// is torchvision's: it keeps areas that are powers of two from falling one level.
+// log2(sqrt(area) / size0)), within [least, most], counted from `least`; -1 for a box of negative area.
 template <typename A>
-PYSEG_ROI_INLINE int pyramid_level(const A* row, bool rotated, A size0, A level0, int least, int most) {
+PYSEG_ROI_INLINE int pyramid_level(const A* row, bool rotated, const Pyramid& p) {
   const A area = rotated ? row[3] * row[4] : (row[3] - row[1]) * (row[4] - row[2]);
   if (!(area >= A(0))) return -1;
-  const A level = floor_of(level0 + log2_of(sqrt_of(area) / size0) + A(1e-6));
-  return (level < A(least) ? least : level > A(most) ? most : int(level)) - least;
+  const A ratio = sqrt_of(area) / A(p.canonical_size) + A(p.epsilon[0]);
+  const A level = floor_of(A(p.canonical_level) + log2_of(ratio) + A(p.epsilon[1]));
+  return (level < A(p.least) ? p.least : level > A(p.most) ? p.most : int(level)) - p.least;
 }
 
 }  // namespace pyseg::roi

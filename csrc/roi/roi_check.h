@@ -3,9 +3,12 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -111,19 +114,17 @@ inline Sampling check_crop(const torch::stable::Tensor& masks, const torch::stab
   return check_sampling(kCrop, check_boxes(kCrop, boxes, 2), size, ratio, aligned);
 }
 
-// How boxes are given their levels; without it all belong to the first.
-struct Pyramid {
-  int least, most;
-  double canonical_size, canonical_level;
-};
-
-inline Pyramid check_pyramid(const char* op, int64_t least, int64_t most, double size, double level) {
+// Without a pyramid all boxes belong to the first map.
+inline Pyramid check_pyramid(const char* op, int64_t least, int64_t most, double size, double level,
+                             const Floats& epsilon) {
   constexpr int64_t kMost = 64;
   PYSEG_CHECK(least > -kMost && least <= most && most < kMost, op, ": least_level must be at most most_level, got ",
               least, " and ", most);
   PYSEG_CHECK(size > 0 && std::isfinite(size) && std::isfinite(level), op,
               ": canonical_size must be positive and finite, got ", size);
-  return {int(least), int(most), size, level};
+  PYSEG_CHECK(epsilon.size() == 2 && epsilon[0] >= 0 && std::isfinite(epsilon[0]) && std::isfinite(epsilon[1]), op,
+              ": epsilon must be two finite numbers, the first not negative, got ", epsilon);
+  return {int(least), int(most), size, level, {epsilon[0], epsilon[1]}};
 }
 
 // The arguments of _roi_align_backward, looked at.
@@ -166,8 +167,9 @@ inline BackwardArguments check_backward(const torch::stable::Tensor& grad, const
   PYSEG_CHECK(!features.empty() || !(checked.maximum || need_boxes), op,
               ": features must be given for max and for the boxes");
   if (!pyramid.empty()) {
-    PYSEG_CHECK(pyramid.size() == 4, op, ": pyramid must have no elements or 4, got ", pyramid);
-    checked.pyramid = check_pyramid(op, int64_t(pyramid[0]), int64_t(pyramid[1]), pyramid[2], pyramid[3]);
+    PYSEG_CHECK(pyramid.size() == 6, op, ": pyramid must have no elements or 6, got ", pyramid);
+    checked.pyramid =
+        check_pyramid(op, int64_t(pyramid[0]), int64_t(pyramid[1]), pyramid[2], pyramid[3], {pyramid[4], pyramid[5]});
   }
   return checked;
 }
@@ -187,6 +189,14 @@ inline void check_nms(const torch::stable::Tensor& boxes, const torch::stable::T
   check_same_device(kNms, "idxs", *idxs, boxes);
 }
 
+// The threshold for overlaps of this type of boxes: the largest float that is not above it, so that a float is above the
+// one where it is above the other, and no kernel compares in double precision.
+inline double nms_threshold(const torch::stable::Tensor& boxes, double threshold) {
+  if (boxes.scalar_type() == torch::headeronly::ScalarType::Double) return threshold;
+  const float rounded = static_cast<float>(threshold);
+  return rounded > threshold ? std::nextafter(rounded, -std::numeric_limits<float>::infinity()) : rounded;
+}
+
 // Shapes of masks [K, m_h, m_w], boxes [K, 4] and an image.
 inline void check_paste(const char* op, const Ints& masks, const torch::stable::Tensor& boxes, int64_t height,
                         int64_t width, int64_t padding) {
@@ -198,6 +208,16 @@ inline void check_paste(const char* op, const Ints& masks, const torch::stable::
   PYSEG_CHECK(height >= 0 && width >= 0 && height < kMost && width < kMost, op,
               ": image_size must not be negative, got ", height, " and ", width);
   PYSEG_CHECK(padding >= 0 && padding < kMost, op, ": padding must not be negative, got ", padding);
+}
+
+// As torch compares a tensor with a number: the number is rounded to the tensor's type first.
+inline double paste_threshold(const torch::stable::Tensor& masks, double threshold) {
+  using torch::headeronly::ScalarType;
+  switch (masks.scalar_type()) {
+    case ScalarType::Half: return float(torch::headeronly::Half(float(threshold)));
+    case ScalarType::BFloat16: return float(torch::headeronly::BFloat16(float(threshold)));
+    default: return threshold;
+  }
 }
 
 inline PasteOutput check_paste_output(const std::string& output) {

@@ -26,10 +26,13 @@ def accelerate(
 ) -> Model:
     """Makes a model faster in place, and returns it.
 
-    Convolutions that pyseg has kernels for (3x3, stride 1, dense or depthwise, any dilation) run on them, in eval mode
-    together with the batch norm and ReLU that follow; in eval mode other convolutions have their batch norms multiplied
-    into the weights. What follows what is read off the forwards of the model's modules by torch.fx; a module whose
-    forward cannot be followed keeps its batch norms. In training mode nothing is folded.
+    Convolutions that pyseg has kernels for (3x3 with stride 1, dense or depthwise, any dilation; dense 1x1 on the CPU)
+    run on them, in eval mode together with the batch norm and ReLU that follow; in eval mode other convolutions have
+    their batch norms multiplied into the weights. What follows what is read off the forwards of the model's modules by
+    torch.fx; a module whose forward cannot be followed keeps its batch norms. In training mode nothing is folded.
+
+    Blocks that are recognised by name and structure run as a whole in eval mode: ASPP (torchvision,
+    segmentation-models-pytorch, mmsegmentation's heads) and JPU (FastFCN), see pyseg.nn.ASPP and pyseg.nn.JPU.
 
     Of detectors also changes, where they are faster: RoIAlign and its pyramids (torchvision's MultiScaleRoIAlign and
     RoIAlign, detectron2's ROIPooler and ROIAlign, mmcv's RoIAlign), the non-maximum suppression, mask pasting and mask

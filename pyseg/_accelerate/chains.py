@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from pyseg._accelerate.modules import Chain, has_hooks, is_accelerated
+from pyseg._accelerate.modules import Chain, is_accelerated
 from pyseg.nn import AtrousConv2d
+from pyseg.nn._folded import has_hooks
 
 
 @dataclass

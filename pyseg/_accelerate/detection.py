@@ -1,4 +1,5 @@
-"""Parts of detectors that have kernels here: RoIAlign, non-maximum suppression, mask pasting.
+"""Parts of models that change as a whole. Of detectors: RoIAlign, non-maximum suppression, mask pasting; the blocks of
+segmentation models are in blocks.py.
 
 They are recognised by structure and name, so nothing here imports torchvision, detectron2 or mmcv. Pooling modules get
 another forward. Suppression and pasting are functions that methods call: such a method is made anew from its own code,
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from pyseg import functional as F
-from pyseg._accelerate.measure import Example, _clone, difference, interleaved_ms, tensors_in
-from pyseg._accelerate.modules import is_accelerated
+from pyseg._accelerate.blocks import block_methods, fits_block, is_block
+from pyseg._accelerate.measure import Example, Outputs, _clone, difference, interleaved_ms, tensors_in
+from pyseg._accelerate.modules import Swaps, is_accelerated
 from pyseg._accelerate.report import Row
 from pyseg.nn.roi_align import pooled
 
@@ -34,7 +36,7 @@ _DEPTH = 4  # functions that call functions that call ours
 
 @dataclass(eq=False)
 class Part:
-    """A module of a detector: what it becomes, by the methods that differ, and what was measured."""
+    """A module of a model: what it becomes, by the methods that differ, and what was measured."""
 
     name: str
     module: nn.Module
@@ -48,6 +50,11 @@ class Part:
     called: bool = False
 
     @property
+    def changes_now(self) -> bool:
+        """Blocks run as ever in training mode."""
+        return not (self.module.training and is_block(self.kind.__bases__[0]))
+
+    @property
     def faster(self) -> bool:
         return not self.called or self.after_ms < self.before_ms
 
@@ -58,6 +65,8 @@ class Part:
             row.difference = self.difference
         if not used:
             row.reason = "slower here"
+        elif not self.changes_now:
+            row.reason = "in eval mode only"
         elif not self.called:
             row.reason = "not called by the example"
         return row
@@ -110,6 +119,9 @@ def accelerated(original: type[nn.Module]) -> type[nn.Module]:
 
 def _new_methods(kind: type[nn.Module]) -> dict[str, tuple[str, Callable[..., Any]]]:
     """Of a class, the methods that change: what they are made of, and the new method."""
+    if is_block(kind):
+        what, changed = block_methods(kind)
+        return {name: (what, method) for name, method in changed.items()}
     for names, forward in _POOLERS.items():
         if kind.__name__ in names:
             return {"forward": ("multiscale_roi_align" if forward is not _pool_one else "roi_align", forward(kind))}
@@ -133,7 +145,9 @@ _COMMON = ("output_size", "sampling_ratio")
 
 
 def _fits(module: nn.Module) -> bool:
-    """Whether a module with a pooler's name has its attributes, in values that we compute the same for."""
+    """Whether a module with a known name has its attributes, in values that we compute the same for."""
+    if is_block(type(module)):
+        return fits_block(module)
     kind = type(module).__name__
     if kind == "MultiScaleRoIAlign":
         return all(hasattr(module, name) for name in (*_COMMON, "featmap_names", "canonical_scale", "canonical_level"))
@@ -179,6 +193,7 @@ def _pool_detectron2(original: type[nn.Module]) -> Callable[..., Tensor]:
             levels=(self.min_level, self.max_level),
             canonical_size=self.canonical_box_size,
             canonical_level=self.canonical_level,
+            epsilon=(1e-8, 0.0),
         )
 
     return forward
@@ -244,7 +259,10 @@ def _paste(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _project(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def project_masks_on_boxes(gt_masks: Tensor, boxes: Tensor, matched_idxs: Tensor, M: int) -> Tensor:
-        if not _ours(boxes) or gt_masks.dtype not in (torch.bool, torch.uint8):
+        binary = gt_masks.dtype == torch.bool or (
+            gt_masks.dtype == torch.uint8 and (gt_masks.numel() == 0 or int(gt_masks.max()) <= 1)
+        )
+        if not (_ours(boxes) and binary):  # of other values torchvision interpolates the values
             return original(gt_masks, boxes, matched_idxs, M)
         return F.crop_masks(gt_masks, boxes, matched_idxs, M).to(boxes.dtype)
 
@@ -333,28 +351,39 @@ def _replacement(value: Any, found: dict[str, None]) -> Any:
 # ---- measuring ----
 
 
-def time_parts(parts: list[Part], example: Example) -> None:
+def time_parts(parts: list[Part], example: Example, exact: bool) -> None:
     """Times each part's methods as they are and as they would be, on what the model calls them with."""
+    parts = [part for part in parts if part.changes_now]
 
     def recorded(part: Part, name: str, *args: Any, **kwargs: Any) -> Any:
         before, after = (getattr(kind, name) for kind in (type(part.module), part.kind))
         own = _clone((args, kwargs))
         result = before(part.module, *args, **kwargs)
         if not part.called:
+            swaps = Swaps()
+            swaps.attach_part(part.module, part.kind, exact)
+
             # Methods may write into what they are given, so each call gets a copy, made before its clock starts.
             def timed(method: Callable[..., Any]) -> float:
                 positional, named = _clone(own)
+                swaps.set(method is after)
+                example.synchronize()
                 start = perf_counter()
                 method(part.module, *positional, **named)
+                example.synchronize()
                 return perf_counter() - start
 
-            with torch.no_grad():
-                expected, got = (
-                    list(tensors_in(method(part.module, *copied[0], **copied[1])))
-                    for method, copied in ((before, _clone(own)), (after, _clone(own)))
-                )
-                part.difference = difference(expected, got)[0]
-                part.before_ms, part.after_ms = interleaved_ms([lambda: timed(before), lambda: timed(after)])
+            def outputs(method: Callable[..., Any]) -> Outputs:
+                positional, named = _clone(own)
+                swaps.set(method is after)
+                return list(tensors_in(method(part.module, *positional, **named)))
+
+            try:
+                with torch.no_grad():
+                    part.difference = difference(outputs(before), outputs(after))[0]
+                    part.before_ms, part.after_ms = interleaved_ms([lambda: timed(before), lambda: timed(after)])
+            finally:
+                swaps.undo()
             part.shape = next((tuple(t.shape) for _, t in tensors_in(own)), None)
             part.called = True
         return result

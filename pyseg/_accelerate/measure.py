@@ -66,12 +66,12 @@ class Example:
             torch.manual_seed(0)
             # no_grad, not inference_mode: tensors that the model keeps for itself must still be good for training.
             with nullcontext() if self._parameters else torch.no_grad():
-                self._synchronize()
+                self.synchronize()
                 start = time.perf_counter()
                 output = self._model(*args, **kwargs)
                 if self._parameters:
                     self._backward(output)
-                self._synchronize()
+                self.synchronize()
                 return output, time.perf_counter() - start
 
     def _backward(self, output: Any) -> None:
@@ -79,7 +79,8 @@ class Example:
         if losses:
             torch.autograd.grad(torch.stack(losses).sum(), self._parameters, allow_unused=True)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Waits for the devices that the model works on."""
         for device in self._cuda:
             torch.cuda.synchronize(device)
 
@@ -102,13 +103,22 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def interleaved_ms(calls: Sequence[Callable[[], object]], rounds: int | None = None) -> list[float]:
-    """Median milliseconds of each call, the calls taking turns; they have been run once before."""
+def interleaved_ms(
+    calls: Sequence[Callable[[], object]],
+    rounds: int | None = None,
+    synchronize: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Median milliseconds of each call, the calls taking turns; they have been run once before.
+
+    A call that returns a float says itself how many seconds it took. synchronize: waits for what a call has started.
+    """
     times: list[list[float]] = [[] for _ in calls]
     while True:
         for call, taken in zip(calls, times, strict=True):
+            synchronize()
             start = time.perf_counter()
             result = call()
+            synchronize()
             taken.append(result if isinstance(result, float) else time.perf_counter() - start)
         done = len(times[0])
         enough = max(sum(taken) for taken in times) > _SECONDS_PER_FORM or done >= _MAX_ROUNDS
@@ -152,10 +162,11 @@ def difference(expected: Outputs, got: Outputs) -> tuple[float, str]:
     """The largest difference of two outputs, relative to each tensor's largest magnitude, and where it is.
 
     Of integer tensors (label maps) it is the share of elements that differ. Equal infinities and NaN in both are no
-    difference; another structure or shape is infinitely far.
+    difference, nor is another order of a detector's detections; another structure or shape is infinitely far.
     """
     if [path for path, _ in expected] != [path for path, _ in got]:
         return math.inf, f"tensors {[path for path, _ in expected]}, got {[path for path, _ in got]}"
+    got = _in_same_order(expected, got)
     worst, where = 0.0, ""
     for (path, a), (_, b) in zip(expected, got, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
@@ -164,6 +175,32 @@ def difference(expected: Outputs, got: Outputs) -> tuple[float, str]:
         if value > worst:
             worst, where = value, path
     return worst, where
+
+
+def _in_same_order(expected: Outputs, got: Outputs) -> Outputs:
+    """`got` with the detections of each image in the order of the expected ones.
+
+    Detectors sort them by their scores, and where scores are equal to rounding, rounding decides. Detections are the
+    tensors [K, ...] of a mapping with boxes [K, 4] and labels [K].
+    """
+    wanted, found = dict(expected), dict(got)
+    orders: dict[str, Tensor] = {}
+    for path, boxes in found.items():
+        parent = path.removesuffix("['boxes']")
+        labels, wanted_labels = (tensors.get(parent + "['labels']") for tensors in (found, wanted))
+        if parent == path or labels is None or wanted_labels is None:
+            continue
+        if not len(boxes) or not boxes.shape == wanted[path].shape == (*labels.shape, 4) == (*wanted_labels.shape, 4):
+            continue
+        distance = torch.cdist(wanted[path].double(), boxes.double(), p=1.0)
+        order = distance.masked_fill(wanted_labels[:, None] != labels, math.inf).argmin(1)
+        if len(set(order.tolist())) == len(order):
+            orders[parent] = order
+    return [(path, _taken(tensor, orders.get(path[: path.rfind("[")]))) for path, tensor in got]
+
+
+def _taken(tensor: Tensor, order: Tensor | None) -> Tensor:
+    return tensor if order is None or tensor.shape[:1] != order.shape else tensor[order]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -10,8 +10,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from pyseg._accelerate.blocks import is_block, new_fusion
 from pyseg.nn import AtrousConv2d
 from pyseg.nn._cache import Cached
+from pyseg.nn._folded import has_hooks
 
 
 class Chain:
@@ -70,9 +72,11 @@ class Swaps:
         if relu is not None and not is_accelerated(relu):
             self._swap(relu, FoldedReLU, _pyseg_chain=None if chain.relu_shared else chain)
 
-    def attach_part(self, module: nn.Module, kind: type[nn.Module]) -> None:
-        """Makes a part of a detector a `kind`."""
-        self._swap(module, kind)
+    def attach_part(self, module: nn.Module, kind: type[nn.Module], exact: bool) -> None:
+        """Makes a part of a model, of a detector or a block, a `kind`."""
+        original = type(module)
+        own = {"_pyseg_fusion": new_fusion(original, exact)} if is_block(original) else {}
+        self._swap(module, kind, **own)
 
     def _swap(self, module: nn.Module, kind: type[nn.Module], **attributes: object) -> None:
         original, before = type(module), set(module.__dict__)
@@ -97,13 +101,6 @@ class Swaps:
         for module, _, _ in self._swapped:
             unswap(module)
         self._swapped.clear()
-
-
-def has_hooks(module: nn.Module | None) -> bool:
-    """Whether someone looks at what goes in or out: then the module must see just that."""
-    return module is not None and bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class FusedAtrousConv2d(AtrousConv2d):

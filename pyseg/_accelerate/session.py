@@ -12,7 +12,8 @@ from pyseg._accelerate.layout import ChannelsLast
 from pyseg._accelerate.measure import Example, Outputs, difference, interleaved_ms
 from pyseg._accelerate.modules import Chain, FusedAtrousConv2d, Swaps
 from pyseg._accelerate.report import Report, Row
-from pyseg._accelerate.trial import Form, Stopwatch, Trial, forms_of, why_kernel_is_torchs
+from pyseg._accelerate.trial import Form, Stopwatch, Trial, forms_of
+from pyseg.nn.atrous_conv2d import why_torch_runs
 
 # Of outputs that went through a whole network, relative to their largest magnitude.
 _TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -32,7 +33,7 @@ class Session:
         self._say = say
         self._swaps = Swaps()
         self._layout = ChannelsLast(model)
-        self._parts = self._used = find_parts(model)  # of detectors; those that are to be changed
+        self._parts = self._used = find_parts(model)  # those that are to be changed
         self.chains = [each.chain for each in self._found if each.chain is not None]
 
     def apply(self, choice: dict[Chain, Form], channels_last: bool) -> None:
@@ -41,7 +42,7 @@ class Session:
             if form is not None:
                 self._swaps.attach(chain, form, self._exact)
         for part in self._used:
-            self._swaps.attach_part(part.module, part.kind)
+            self._swaps.attach_part(part.module, part.kind, self._exact)
 
     def undo(self) -> None:
         self._swaps.set(True)
@@ -72,7 +73,7 @@ class Session:
         try:
             trial = Stopwatch(self.chains, example, self._exact, self._say).run()
             if self._parts:
-                time_parts(self._parts, example)
+                time_parts(self._parts, example, self._exact)
                 self._used = [part for part in self._parts if part.faster]
         finally:
             self._layout.set(False)
@@ -206,10 +207,10 @@ def _row(found: Found, form: Form, trial: Trial | None) -> Row:
             plan = chain.conv.plan(row.shape)
             row.path = plan.path
             reasons.append(plan.reason)
-    elif not why_kernel_is_torchs(chain.conv):
+    elif not why_torch_runs(chain.conv, chain.conv.weight):
         reasons.append("torch is faster here" if calls else "not called by the example")
     else:
-        reasons.append(why_kernel_is_torchs(chain.conv))
+        reasons.append(why_torch_runs(chain.conv, chain.conv.weight))
     if chain.norm is None and found.reason:
         reasons.append(found.reason)
     row.reason = "; ".join(reasons)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyseg._accelerate.measure import Example, difference, interleaved_ms
 from pyseg._accelerate.modules import Chain, FoldedConv2d, FusedAtrousConv2d, Swaps
-from pyseg.functional.atrous_conv2d import why_torch
+from pyseg.nn.atrous_conv2d import why_torch_runs
 
 Form = type[FusedAtrousConv2d] | None  # what a convolution becomes; None: it stays
 
@@ -20,16 +20,11 @@ def forms_of(chain: Chain) -> list[type[FusedAtrousConv2d]]:
     """What a convolution can become, best guess first."""
     conv = chain.conv
     forms: list[type[FusedAtrousConv2d]] = []
-    if not why_kernel_is_torchs(conv):
+    if not why_torch_runs(conv, conv.weight):
         forms.append(FusedAtrousConv2d)
     if chain.norm is not None:
         forms.append(FoldedConv2d)
     return forms
-
-
-def why_kernel_is_torchs(conv: nn.Conv2d) -> str:
-    weight = conv.weight
-    return why_torch(weight, conv.stride, conv.groups, conv.in_channels, weight.dtype, weight.device.type)
 
 
 @dataclass
@@ -99,7 +94,7 @@ class Stopwatch:
         calls = [functools.partial(self._step, *self._pipeline(chain, form, folds), input) for form in forms]
         expected, *outputs = [[("output", call())] for call in calls]  # also fills the caches
         differences = [difference(expected, output)[0] for output in outputs]
-        times = interleaved_ms(calls)
+        times = interleaved_ms(calls, synchronize=self._example.synchronize)
         return Timing(
             tuple(input.shape), dict(zip(forms, times, strict=True)), dict(zip(forms[1:], differences, strict=True))
         )

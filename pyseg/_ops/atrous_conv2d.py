@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from pyseg import _loader  # noqa: F401  registers the kernels
+from pyseg._ops.memory_format import is_channels_last
 
 _LIBRARY = torch.library.Library("pyseg", "FRAGMENT")  # type: ignore[no-untyped-call]
 _FORWARD = torch.ops.pyseg.atrous_conv2d.default
 _OUT = torch.ops.pyseg.atrous_conv2d_out.default
 _BACKWARD = torch.ops.pyseg._atrous_conv2d_backward.default
 _PACK = torch.ops.pyseg._atrous_conv2d_pack.default
+_TO_CHANNELS_LAST = torch.ops.pyseg._to_channels_last.default
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Devices whose kernels are in this installation: a CPU-only build leaves CUDA tensors to torch.
@@ -61,19 +62,27 @@ def _check_arguments(input: Tensor, weight: Tensor, padding: list[int], dilation
     shape = list(weight.shape)
     _check(input.dim() == 4, f"input must be [N, C_in, H, W], got {list(input.shape)}")
     _check(input.dtype in _FLOATS, f"input must be float32, float64, float16 or bfloat16, got {input.dtype}")
-    _check(weight.dim() == 4, f"weight must be [C_out, C_in / groups, 3, 3], got {shape}")
-    _check(shape[2] == 3, f"weight must be [C_out, C_in / groups, 3, 3], got {shape}")
-    _check(shape[3] == 3, f"weight must be [C_out, C_in / groups, 3, 3], got {shape}")
+    _check_weight(weight)
     _check_like("weight", weight, input)
     _check(len(padding) == 2 and min(padding) >= 0, f"padding must be two integers >= 0, got {list(padding)}")
     _check(len(dilation) == 2 and min(dilation) >= 1, f"dilation must be two integers >= 1, got {list(dilation)}")
-    channels = input.shape[1]
+    channels, kernel = input.shape[1], shape[2]
     if groups == 1:
-        _check(shape[1] == channels, f"weight must be [C_out, {channels}, 3, 3] for {channels} channels, got {shape}")
+        expected = f"[C_out, {channels}, {kernel}, {kernel}]"
+        _check(shape[1] == channels, f"weight must be {expected} for {channels} channels, got {shape}")
     else:
+        _check(kernel == 3, f"weight must be [{channels}, 1, 3, 3] for {groups} groups, got {shape}")
         _check(groups == channels, f"groups must be 1 or C_in = {channels}, got {groups}")
         _check(shape[0] == channels, f"weight must be [{channels}, 1, 3, 3] for {groups} groups, got {shape}")
         _check(shape[1] == 1, f"weight must be [{channels}, 1, 3, 3] for {groups} groups, got {shape}")
+
+
+def _check_weight(weight: Tensor) -> None:
+    shape = list(weight.shape)
+    expected = "[C_out, C_in / groups, 3, 3]" + ("" if weight.is_cuda else " or [C_out, C_in, 1, 1]")
+    _check(weight.dim() == 4, f"weight must be {expected}, got {shape}")
+    _check(shape[2] == 3 or (shape[2] == 1 and not weight.is_cuda), f"weight must be {expected}, got {shape}")
+    _check(shape[3] == shape[2], f"weight must be {expected}, got {shape}")
 
 
 def _check_like(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -82,21 +91,22 @@ def _check_like(name: str, tensor: Tensor, input: Tensor) -> None:
 
 
 def _output_shape(input: Tensor, weight: Tensor, padding: list[int], dilation: list[int]) -> list[int]:
-    height = input.shape[2] + 2 * padding[0] - 2 * dilation[0]
-    width = input.shape[3] + 2 * padding[1] - 2 * dilation[1]
-    message = f"input must be at least {[2 * d + 1 - 2 * p for d, p in zip(dilation, padding, strict=True)]} in H and W"
+    reach = [(weight.shape[2] - 1) * d for d in dilation]  # from the first tap to the last
+    height = input.shape[2] + 2 * padding[0] - reach[0]
+    width = input.shape[3] + 2 * padding[1] - reach[1]
+    message = f"input must be at least {[r + 1 - 2 * p for r, p in zip(reach, padding, strict=True)]} in H and W"
     _check(height >= 0, f"{message}, got {list(input.shape[2:])}")
     _check(width >= 0, f"{message}, got {list(input.shape[2:])}")
     return [input.shape[0], weight.shape[0], height, width]
 
 
 def _packed_shape(weight: Tensor) -> list[int]:
-    c_out, c_in = weight.shape[:2]
-    return [3, 3, c_out, c_in] if weight.is_cuda else [(c_out + 15) // 16, 9, c_in, 16]
+    c_out, c_in, *kernel = weight.shape
+    return [3, 3, c_out, c_in] if weight.is_cuda else [(c_out + 15) // 16, kernel[0] * kernel[1], c_in, 16]
 
 
 def _memory_format(*tensors: Tensor) -> torch.memory_format:
-    if any(suggest_memory_format(tensor) == torch.channels_last for tensor in tensors):
+    if any(is_channels_last(tensor) for tensor in tensors):
         return torch.channels_last
     return torch.contiguous_format
 
@@ -200,10 +210,7 @@ def _fake_backward(
 
 
 def _fake_pack(weight: Tensor) -> Tensor:
-    shape = list(weight.shape)
-    _check(weight.dim() == 4, f"weight must be [C_out, C_in, 3, 3], got {shape}")
-    _check(shape[2] == 3, f"weight must be [C_out, C_in, 3, 3], got {shape}")
-    _check(shape[3] == 3, f"weight must be [C_out, C_in, 3, 3], got {shape}")
+    _check_weight(weight)
     return weight.new_empty(_packed_shape(weight))
 
 
@@ -211,6 +218,17 @@ torch.library.register_fake(_FORWARD, _fake_forward)
 torch.library.register_fake(_OUT, _fake_out)
 torch.library.register_fake(_BACKWARD, _fake_backward)
 torch.library.register_fake(_PACK, _fake_pack)
+torch.library.register_fake(_TO_CHANNELS_LAST, lambda input: _empty(list(input.shape), input, torch.channels_last))
+
+
+def as_channels_last(input: Tensor) -> Tensor:
+    """A map [N, C, H, W] itself where it is channels_last, else a copy, without gradients on the CPU."""
+    if input.is_contiguous(memory_format=torch.channels_last):
+        return input
+    if not input.is_cpu or input.dtype not in (torch.float32, torch.float64):
+        return input.contiguous(memory_format=torch.channels_last)
+    copied: Tensor = _TO_CHANNELS_LAST(input)
+    return copied
 
 
 # ---- autograd ----

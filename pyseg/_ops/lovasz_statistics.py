@@ -29,11 +29,14 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, _, ctx.activation, *_ = inputs
+    ctx.set_materialize_grads(False)  # no map of zeros for grad_p
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, output[1])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return None, None, None, None, None
     logits, grad_p = ctx.saved_tensors
     activation = "none" if ctx.activation == "hinge" else ctx.activation
     return _VJP(grad_p, logits, grad_loss.expand(logits.shape[:2]), activation), None, None, None, None

@@ -35,7 +35,7 @@ def _fake(
     if initial is not None:
         check_shape(op, "initial", initial, got)
     check(op, iterations >= 0, f"iterations must not be negative, got {iterations}")
-    check(op, 0 < temperature < float("inf"), f"temperature must be positive and finite, got {temperature}")
+    check(op, 1e-30 <= temperature <= 1e30, f"temperature must be from 1e-30 to 1e30, got {temperature}")
     check(op, len(lattices) % TENSORS_OF_LATTICE == 0, f"lattices must be 9 tensors each, got {len(lattices)}")
     axes = unary.dim() - 2
     check(op, len(sigmas) % axes == 0, f"sigmas must be {axes} for each kernel, got {len(sigmas)}")

@@ -13,10 +13,12 @@ from torch import Tensor
 from pyseg._ops.segmentation_statistics import (
     FLOATS,
     check,
+    check_log_sum,
     check_logits,
     check_shape,
     check_target,
     empty_like_logits,
+    empty_log_sum,
     no_double_backward,
 )
 
@@ -44,12 +46,14 @@ def _fake_forward(
     ignore_index: int | None,
     gamma: float,
     label_smoothing: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     _check_arguments("pixel_cross_entropy", logits, target, class_weight, activation, label_smoothing)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if activation == "softmax":
-        return logits.new_empty((logits.shape[0], *logits.shape[2:]), dtype=dtype)
-    return empty_like_logits(logits, dtype)
+        loss = logits.new_empty((logits.shape[0], *logits.shape[2:]), dtype=dtype)
+    else:
+        loss = empty_like_logits(logits, dtype)
+    return loss, empty_log_sum(logits, activation, target.dim() == logits.dim())
 
 
 def _fake_backward(
@@ -61,11 +65,13 @@ def _fake_backward(
     ignore_index: int | None,
     gamma: float,
     label_smoothing: float,
+    log_sum: Tensor,
 ) -> Tensor:
     op = "_pixel_cross_entropy_backward"
     _check_arguments(op, logits, target, class_weight, activation, label_smoothing)
     shape = [logits.shape[0], *logits.shape[2:]] if activation == "softmax" else list(logits.shape)
     check_shape(op, "grad", grad, shape)
+    check_log_sum(op, log_sum, logits)
     return empty_like_logits(logits)
 
 
@@ -73,13 +79,17 @@ torch.library.register_fake(_FORWARD, _fake_forward)
 torch.library.register_fake(_BACKWARD, _fake_backward)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, target, class_weight, *ctx.arguments = inputs
-    ctx.save_for_backward(logits, target, class_weight)
+    ctx.set_materialize_grads(False)  # no map of zeros for log_sum
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, target, class_weight, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _BACKWARD(grad, *ctx.saved_tensors, *ctx.arguments), *[None] * 6
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    *tensors, log_sum = ctx.saved_tensors
+    of_logits = None if grad is None else _BACKWARD(grad, *tensors, *ctx.arguments, log_sum)
+    return of_logits, *[None] * 6
 
 
 torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)

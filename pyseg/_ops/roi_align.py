@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from pyseg import _loader  # noqa: F401  registers the kernels
+from pyseg._ops.memory_format import is_channels_last
 from pyseg._ops.segmentation_statistics import FLOATS, check, no_double_backward
 
 _ALIGN = torch.ops.pyseg.roi_align.default
@@ -44,7 +44,7 @@ def _fake(op: str, name: str, maps: list[Tensor], boxes: Tensor, output_size: li
         check(op, each.dtype in FLOATS, dtype)
     _check_boxes(op, boxes, rank, output_size, mode)
     memory_format = torch.contiguous_format
-    if any(_is_last(each) for each in maps):
+    if any(is_channels_last(each) for each in maps):
         memory_format = torch.channels_last_3d if rank == 5 else torch.channels_last
     return torch.empty(
         [boxes.shape[0], maps[0].shape[1], *output_size],
@@ -52,10 +52,6 @@ def _fake(op: str, name: str, maps: list[Tensor], boxes: Tensor, output_size: li
         device=maps[0].device,
         memory_format=memory_format,
     )
-
-
-def _is_last(tensor: Tensor) -> bool:
-    return suggest_memory_format(tensor) in (torch.channels_last, torch.channels_last_3d)
 
 
 def _fake_align(
@@ -82,6 +78,7 @@ def _fake_multiscale(
     most_level: int,
     canonical_size: float,
     canonical_level: float,
+    epsilon: list[float],
 ) -> Tensor:
     return _fake("multiscale_roi_align", "features", features, boxes, output_size, mode)
 
@@ -126,7 +123,7 @@ torch.library.register_fake(_BACKWARD, _fake_backward)
 def _save(ctx: Any, maps: list[Tensor], boxes: Tensor, need_boxes: bool, mode: str) -> None:
     ctx.save_for_backward(boxes, *(maps if need_boxes or mode == "max" else ()))
     ctx.sizes = [size for each in maps for size in each.shape]
-    ctx.channels_last = [int(_is_last(each)) for each in maps]
+    ctx.channels_last = [int(is_channels_last(each)) for each in maps]
 
 
 def _gradients(ctx: Any, grad: Tensor, pyramid: list[float], need_maps: bool, need_boxes: bool) -> Any:
@@ -147,8 +144,8 @@ def _align_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _setup_multiscale(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, boxes, _, *ctx.arguments, least, most, size, level = inputs
-    ctx.pyramid = [float(least), float(most), size, level]
+    features, boxes, _, *ctx.arguments, least, most, size, level, epsilon = inputs
+    ctx.pyramid = [float(least), float(most), size, level, *epsilon]
     _save(ctx, features, boxes, ctx.needs_input_grad[1], ctx.arguments[-1])
 
 
@@ -157,7 +154,7 @@ def _multiscale_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_any = any(need_features)
     grads, of_boxes = _gradients(ctx, grad, ctx.pyramid, need_any, need_boxes)
     of_features = [each if need else None for each, need in zip(grads, need_features, strict=True)]
-    return of_features, of_boxes if need_boxes else None, *[None] * 9
+    return of_features, of_boxes if need_boxes else None, *[None] * 10
 
 
 torch.library.register_autograd(_ALIGN, _align_backward, setup_context=_setup_align)

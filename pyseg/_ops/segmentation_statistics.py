@@ -74,6 +74,23 @@ def empty_like_logits(logits: Tensor, dtype: torch.dtype | None = None) -> Tenso
     return torch.empty(logits.shape, dtype=dtype or logits.dtype, device=logits.device, memory_format=memory_format)
 
 
+LOG_SUM_CLASSES = 20  # from which on the CPU keeps log(sum(exp(z))) of a softmax with labels for the backward pass
+
+
+def empty_log_sum(logits: Tensor, activation: str, dense: bool) -> Tensor:
+    """What the forward pass keeps: [N, *S], or [0] where that is nothing."""
+    kept = logits.device.type == "cpu" and activation == "softmax" and not dense and logits.shape[1] >= LOG_SUM_CLASSES
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty([logits.shape[0], *logits.shape[2:]] if kept else [0], dtype=dtype)
+
+
+def check_log_sum(op: str, log_sum: Tensor, logits: Tensor) -> None:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    check(op, log_sum.dtype == dtype, f"log_sum must be {str(dtype)[6:]}, got {log_sum.dtype}")
+    pixels = [logits.shape[0], *logits.shape[2:]]
+    check_shape(op, "log_sum", log_sum, [0] if log_sum.dim() == 1 else pixels)  # [0]: none was kept
+
+
 def _check_arguments(op: str, logits: Tensor, target: Tensor, pixel_weight: Tensor | None, activation: str) -> None:
     check_logits(op, logits, activation)
     check_target(op, target, logits)
@@ -97,9 +114,10 @@ def _fake_forward(
     region: bool,
     pixel: bool,
     smoothing: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     _check_arguments("segmentation_statistics", logits, target, pixel_weight, activation)
-    return logits.new_empty((logits.shape[0], logits.shape[1], len(COLUMNS)), dtype=torch.float64)
+    sums = logits.new_empty((logits.shape[0], logits.shape[1], len(COLUMNS)), dtype=torch.float64)
+    return sums, empty_log_sum(logits, activation, target.dim() == logits.dim())
 
 
 def _fake_backward(
@@ -113,10 +131,12 @@ def _fake_backward(
     region: bool,
     pixel: bool,
     smoothing: bool,
+    log_sum: Tensor,
 ) -> Tensor:
     op = "_segmentation_statistics_backward"
     _check_arguments(op, logits, target, pixel_weight, activation)
     check_shape(op, "grad", grad, [logits.shape[0], logits.shape[1], len(COLUMNS)])
+    check_log_sum(op, log_sum, logits)
     return empty_like_logits(logits)
 
 
@@ -127,13 +147,17 @@ torch.library.register_fake(_BACKWARD, _fake_backward)
 # ---- autograd ----
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, target, pixel_weight, *ctx.arguments = inputs
-    ctx.save_for_backward(logits, target, pixel_weight)
+    ctx.set_materialize_grads(False)  # no map of zeros for log_sum
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, target, pixel_weight, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _BACKWARD(grad, *ctx.saved_tensors, *ctx.arguments), *[None] * 8
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    *tensors, log_sum = ctx.saved_tensors
+    of_logits = None if grad is None else _BACKWARD(grad, *tensors, *ctx.arguments, log_sum)
+    return of_logits, *[None] * 8
 
 
 def no_double_backward(op: str) -> Any:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from pyseg._ops import atrous_conv2d as _op
 
@@ -55,12 +56,13 @@ def atrous_conv2d(
         [N, C_out, H_out, W_out], or without N: H_out = (H + 2*p_h - d_h*(kH - 1) - 1) // s_h + 1, W_out alike.
         channels_last if `input` or `weight` is, like torch.
 
-    3x3 kernels with stride 1 on the CPU and CUDA run here, either dense (groups=1) or depthwise (groups = C_in =
-    C_out); all others go to torch's conv2d, followed by the same epilogue. Differentiable any number of times in
-    input, weight, bias, scale and shift; torch.func.vmap works, torch.func.grad raises (torch has no such transform of
-    operators with Python autograd). On both devices the same bits come out in every run, on the CPU for every number of
-    threads. float32 on CUDA obeys torch's tf32 switches for cuDNN convolutions.
-    O(N * C_out * C_in / groups * H_out * W_out * 9) time at most; taps that see nothing but padding are left out.
+    What runs here: 3x3 kernels with stride 1, dense (groups=1) or depthwise (groups = C_in = C_out), on the CPU and
+    CUDA; dense 1x1 kernels in float32 and float64 on the CPU, with any stride (the input is then thinned out first)
+    where the padding is 0. All others go to torch's conv2d, followed by the same epilogue. Differentiable any number of
+    times in input, weight, bias, scale and shift; torch.func.vmap works, torch.func.grad raises (torch has no such
+    transform of operators with Python autograd). On both devices the same bits come out in every run, on the CPU for
+    every number of threads. float32 on CUDA obeys torch's tf32 switches for cuDNN convolutions.
+    O(N * C_out * C_in / groups * H_out * W_out * kH * kW) time at most; taps that see nothing but padding are left out.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit: names argument, expected and got.
@@ -76,13 +78,15 @@ def atrous_conv2d(
     else:
         padding = _pair("padding", padding)
 
-    if why_torch(weight, stride, groups, input.shape[-3], input.dtype, input.device.type):
+    if why_torch(weight, stride, padding, groups, input.shape[-3], input.dtype, input.device.type):
         return _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, scale, shift, relu, out)
 
     if isinstance(padding, str):
-        padding = dilation if padding == "same" else (0, 0)
+        padding = dilation if padding == "same" and weight.shape[-1] == 3 else (0, 0)
     allow_tf32 = input.is_cuda and _op.cudnn_allows_tf32()
     batch = input if input.dim() == 4 else input.unsqueeze(0)
+    if stride != (1, 1):
+        batch = _every(stride, batch)
     arguments = (batch, weight, bias, scale, shift, padding, dilation, groups, relu, exact, allow_tf32, packed)
     if out is None:
         output: Tensor = torch.ops.pyseg.atrous_conv2d(*arguments)
@@ -94,12 +98,20 @@ def atrous_conv2d(
 
 
 def why_torch(
-    weight: Tensor, stride: tuple[int, ...], groups: int, channels: int, dtype: torch.dtype, device: str
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    groups: int,
+    channels: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> str:
     """Why this convolution is not for our kernels but for torch's; empty if it is for ours."""
     c_out, _, k_h, k_w = weight.shape
+    if k_h == k_w == 1:
+        return _why_torch_pointwise(stride, padding, groups, dtype, device)
     if k_h != 3 or k_w != 3:
-        return f"kernel {k_h}x{k_w} is not 3x3"
+        return f"kernel {k_h}x{k_w} is neither 3x3 nor 1x1"
     if stride != (1, 1):
         return f"stride {stride} is not 1"
     if groups != 1 and not groups == channels == c_out:
@@ -109,6 +121,31 @@ def why_torch(
     if device not in _op.DEVICES:
         return f"no kernels for {device} in this installation"
     return ""
+
+
+def _why_torch_pointwise(
+    stride: tuple[int, ...], padding: tuple[int, ...] | str, groups: int, dtype: torch.dtype, device: str
+) -> str:
+    """why_torch for 1x1: a plain matrix product, which torch has too; here only where this library's is faster."""
+    if groups != 1:
+        return f"groups {groups} of a 1x1 kernel is not 1"
+    if device != "cpu":
+        return f"1x1 on {device} is a plain matrix product"
+    if dtype not in (torch.float32, torch.float64) or (dtype == torch.float32 and torch.is_autocast_enabled(device)):
+        return "1x1 in 16 bits is a plain matrix product"
+    if stride != (1, 1) and padding not in ((0, 0), "valid", "same"):
+        return f"stride {stride} with padding {padding} of a 1x1 kernel"
+    return ""
+
+
+def _every(stride: tuple[int, int], input: Tensor) -> Tensor:
+    """The pixels that a 1x1 kernel with this stride reads, in the memory format of `input`."""
+    height, width = input.shape[-2:]
+    # On a map of one pixel the slice would keep strides that no longer say what the format was.
+    if height == 1 and width == 1:
+        return input
+    thinned = input[..., :: stride[0], :: stride[1]]
+    return thinned.contiguous(memory_format=suggest_memory_format(input))
 
 
 def _pair(name: str, value: Pair) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Separable Gaussian filter."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,13 @@ def gaussian_filter(
     Raises:
         RuntimeError: a shape, dtype, sigma or truncate that does not fit.
     """
-    sigmas = [float(sigma)] * (values.dim() - 2) if isinstance(sigma, int | float) else [float(s) for s in sigma]
+    sigmas = numbers(sigma, values.dim() - 2)
     filtered: Tensor = torch.ops.pyseg.gaussian_filter(values, sigmas, float(truncate), normalize)
     return filtered
+
+
+def numbers(value: Any, count: int) -> list[float]:
+    """A sequence's numbers, or `count` times one: a number of Python or NumPy, or an array or tensor that holds one."""
+    if isinstance(value, int | float) or getattr(value, "ndim", None) == 0:
+        return [float(value)] * count
+    return [float(v) for v in value]

@@ -16,7 +16,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Args:
         boxes: [K, 4] of x1, y1, x2, y2, any floating dtype (computed in float32, or float64).
         scores: [K]. Of equal scores the first row goes first; NaN counts as the largest.
-        iou_threshold: overlaps beyond it remove.
+        iou_threshold: overlaps beyond it remove; compared as doubles.
 
     Returns:
         The kept rows, int64, by falling score. Not differentiable, deterministic, O(K * kept / vector length). Its size
@@ -29,13 +29,14 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """`nms` of each class by itself, in one pass: boxes of different `idxs` [K] int64 do not remove each other.
+    """`nms` of each class by itself, in one pass: boxes of different `idxs` [K], integers, do not remove each other.
 
     The kept rows over all classes, by falling score, equal ones in their order: the results of
     torchvision.ops.batched_nms, which above 1000 boxes leaves the order of equal scores open. Boxes are compared where
-    they are, not moved apart by class, so that large coordinates lose no precision.
+    they are, not moved apart by class, so that large coordinates lose no precision; torchvision, which up to 1000 boxes
+    moves each class by the largest coordinate, lets boxes with negative coordinates remove those of other classes.
     """
-    return torch.ops.pyseg.nms(boxes.detach(), scores.detach(), idxs, iou_threshold)
+    return torch.ops.pyseg.nms(boxes.detach(), scores.detach(), _classes(idxs), iou_threshold)
 
 
 def nms_padded(
@@ -46,5 +47,11 @@ def nms_padded(
     Returns rows [K] int64, of which the first `count` are those that `nms` returns and the others -1, and `count`, a
     tensor without dimensions: for CUDA graphs, and for torch.compile without unbacked sizes.
     """
-    rows, count = torch.ops.pyseg.nms_padded(boxes.detach(), scores.detach(), idxs, iou_threshold)
+    groups = None if idxs is None else _classes(idxs)
+    rows, count = torch.ops.pyseg.nms_padded(boxes.detach(), scores.detach(), groups, iou_threshold)
     return rows, count
+
+
+def _classes(idxs: Tensor) -> Tensor:
+    """Integers as int64; other types are the operator's to refuse."""
+    return idxs if idxs.is_floating_point() or idxs.is_complex() else idxs.to(torch.int64)

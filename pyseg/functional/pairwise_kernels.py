@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops.permutohedral_lattice import MOST_FEATURES, wide_type
-from pyseg.functional.gaussian_filter import gaussian_filter
+from pyseg.functional.gaussian_filter import gaussian_filter, numbers
 from pyseg.functional.permutohedral_lattice import (
     LEVELS,
     PermutohedralLattice,
@@ -32,29 +32,33 @@ _TILE_BYTES = 32 << 20  # of the exact kernel that is held at a time
 
 @dataclass(frozen=True)
 class GaussianKernel:
-    r"""k(p, q) = exp(-|p - q|^2 / (2 sigma^2)) between positions: smoothness, an exact separable filter.
+    r"""k(p, q) = exp(-|p - q|^2 / (2 sigma^2)) between positions: smoothness, a separable filter.
 
     sigma: in pixels, one number or one for each axis of the image.
     compatibility: see `dense_crf`.
-    normalization: instead of the one that `dense_crf` is called with.
+    normalization, accuracy: instead of those that `dense_crf` is called with. "fast": inference on the CPU may filter
+        on a grid of every second pixel. "high": never. "exact": not cut off after three standard deviations, float64.
     """
 
     sigma: float | Sequence[float]
     compatibility: Compatibility = 3.0
     normalization: Normalization | None = None
+    accuracy: CrfAccuracy | None = None
 
     def bind(
         self, unary: Tensor, normalization: Normalization = "symmetric", accuracy: CrfAccuracy = "fast"
     ) -> "Bound":
         """Ready for use on a unary [N, C, *S] of this shape, type and device."""
+        level = self.accuracy or accuracy
+        chosen(level, "accuracy", ACCURACIES)
         axes = unary.dim() - 2
         sigmas = positive("sigma", self.sigma, axes, "axes of unary")
-        values = unary.new_ones((1, 1, *unary.shape[2:]), dtype=computing_type(unary, accuracy))
-        truncate = TRUNCATE
-        if accuracy == "exact":  # as far as the image goes
-            truncate = max([TRUNCATE, *[size / s for size, s in zip(unary.shape[2:], sigmas, strict=True)]])
-        costs = energies(self.compatibility, unary, accuracy)
-        plain = BoundGaussian(costs, None, None, tuple(sigmas), truncate, coarse=accuracy == "fast")
+        values = unary.new_ones((1, 1, *unary.shape[2:]), dtype=computing_type(unary, level))
+        truncate = [TRUNCATE] * axes
+        if level == "exact":  # as far as the image goes
+            truncate = [size / s for size, s in zip(unary.shape[2:], sigmas, strict=True)]
+        costs = energies(self.compatibility, unary, level)
+        plain = BoundGaussian(costs, None, None, tuple(sigmas), tuple(truncate), coarse=level == "fast")
         return normalized(plain, values, self.normalization or normalization)
 
 
@@ -86,9 +90,9 @@ class FeatureKernel:
             raise RuntimeError(f"dense_crf: features must be [{expected}], got {list(features.shape)}")
         if features.device != unary.device:
             raise RuntimeError(f"dense_crf: features must be on {unary.device} like unary, got {features.device}")
-        dtype = computing_type(unary, accuracy)
+        dtype = computing_type(unary, level)
         features = features.to(dtype).expand(unary.shape[0], *features.shape[1:]).flatten(2)
-        compatibility = energies(self.compatibility, unary, accuracy)
+        compatibility = energies(self.compatibility, unary, level)
         if level == "exact":
             plain: Bound = BoundExact(compatibility, None, None, features)
         else:
@@ -122,8 +126,8 @@ class Bound:
         return _scaled(self.filter(_scaled(values, self.scale_in)), self.scale_out)
 
     def energy(self, values: Tensor) -> Tensor:
-        """Messages times compatibility, values [N, C, *S]."""
-        message = self.message(values)
+        """Messages times compatibility, values [N, C, *S]; in the type that the kernel was bound for."""
+        message = self.message(values.to(self.compatibility.dtype))
         if self.compatibility.dim() == 1:
             return message * self.compatibility.reshape(-1, *[1] * (values.dim() - 2))
         return (self.compatibility @ message.flatten(2)).reshape(values.shape)
@@ -140,11 +144,16 @@ class BoundGaussian(Bound):
     """A separable Gaussian with a peak of one."""
 
     sigma: tuple[float, ...]
-    truncate: float
+    truncate: tuple[float, ...]
     coarse: bool  # inference may filter on a grid of every second pixel
 
     def filter(self, values: Tensor) -> Tensor:
-        return gaussian_filter(values, self.sigma, self.truncate, normalize=False)
+        if len(set(self.truncate)) == 1:
+            return gaussian_filter(values, self.sigma, self.truncate[0], normalize=False)
+        for axis, (sigma, truncate) in enumerate(zip(self.sigma, self.truncate, strict=True)):
+            along = [sigma if i == axis else 0.0 for i in range(len(self.sigma))]
+            values = gaussian_filter(values, along, truncate, normalize=False)
+        return values
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,7 @@ def chosen(value: str, name: str, choices: Sequence[str], op: str = "dense_crf")
 
 def positive(name: str, value: float | Sequence[float], count: int, of_what: str, op: str = "dense_crf") -> list[float]:
     """One number for each of `count` axes or channels."""
-    values = [float(value)] * count if isinstance(value, int | float) else [float(v) for v in value]
+    values = numbers(value, count)
     if len(values) != count:
         raise RuntimeError(f"{op}: {name} must be a number or one for each of the {count} {of_what}, got {values}")
     if not all(0 < v < math.inf for v in values):

@@ -41,16 +41,17 @@ def paste_masks(
 ) -> Tensor | list[dict[str, Any]]:
     r"""Resizes each mask to its box (Mask R-CNN's last step) and writes it into an image of zeros.
 
-    As torchvision's paste_masks_in_image: the mask gets a frame of `padding` zeros, its box grows by the same share
-    about its centre and is cut to whole pixels (towards 0, last pixel included), and the framed mask is resized to
-    that, bilinear with align_corners=False. Each pixel is written once.
+    As torchvision's paste_masks_in_image: the mask gets a frame of `padding` zeros, its box grows about its centre by
+    the share that the frame adds to the mask's width (along both axes, for masks that are not square too) and is cut to
+    whole pixels (towards 0, last pixel included), and the framed mask is resized to that, bilinear with
+    align_corners=False. Each pixel is written once.
 
     Args:
         masks: [K, m_h, m_w] or [K, 1, m_h, m_w], float32, float64, float16 or bfloat16.
-        boxes: [K, 4] of x1, y1, x2, y2 in pixels of the image, any floating dtype.
+        boxes: [K, 4] of x1, y1, x2, y2 in pixels of the image, any real dtype.
         image_size: height and width of the image.
-        threshold: None for the values themselves; else whether a pixel of the box is above it. Packed masks and run
-            lengths take 0.5 where it is None.
+        threshold: None for the values themselves; else whether a pixel of the box is above it, rounded to the masks'
+            dtype as torch does. Packed masks and run lengths take 0.5 where it is None.
         output: "dense" [K, H, W], of the masks' dtype or, with a threshold, of bool. "packed" [K, H, ceil(W / 8)] of
             uint8, the first of eight columns in the highest bit: numpy.unpackbits(packed, axis=-1, count=W). "rle": for
             each mask {"size": [H, W], "counts": bytes}, COCO's compressed run lengths, as pycocotools.mask.encode makes
@@ -70,6 +71,8 @@ def paste_masks(
         raise RuntimeError(f"{op}: output must be dense, packed or rle, got {output}")
     if masks.dim() == 4 and masks.shape[1] == 1:
         masks = masks[:, 0]
+    if not boxes.is_floating_point():
+        boxes = boxes.float()
     height, width = image_size
     limit = 0.5 if threshold is None else float(threshold)
     if output == "rle":
@@ -103,15 +106,15 @@ def crop_masks(
         sampling_ratio, aligned: as in `roi_align`.
 
     Returns:
-        [K, *output_size] in float32 (floats: the masks' dtype), from 0 to 1. Deterministic; differentiable for masks
-        of floats only.
+        [K, *output_size] in float32 (floats: the masks' dtype), from 0 to 1. Deterministic. Masks of floats only are
+        differentiable, and their boxes.
     """
     size = [output_size] * 2 if isinstance(output_size, int) else list(output_size)
     wide = boxes.dtype if boxes.dtype == torch.float64 else torch.float32  # 16-bit types cannot count the masks
     rows = torch.cat([indices.to(boxes.device, wide)[:, None], boxes.to(wide)], 1)
     if masks.is_floating_point():
         return roi_align(masks[:, None], rows, size, 1.0, sampling_ratio, aligned)[:, 0]
-    return torch.ops.pyseg.crop_masks(masks, rows, size, sampling_ratio, aligned)
+    return torch.ops.pyseg.crop_masks(masks, rows.detach(), size, sampling_ratio, aligned)
 
 
 def _split(data: bytes, sizes: list[int], image_size: list[int]) -> list[dict[str, Any]]:

@@ -78,10 +78,11 @@ def multiscale_roi_align(
     levels: tuple[int, int] | None = None,
     canonical_size: float = 224,
     canonical_level: float = 4,
+    epsilon: tuple[float, float] | None = None,
 ) -> Tensor:
     r"""`roi_align` on the level of a feature pyramid that fits each box, all levels in one call.
 
-        level = floor(canonical_level + log2(sqrt(width * height) / canonical_size) + 1e-6)
+        level = floor(canonical_level + log2(sqrt(width * height) / canonical_size + epsilon[0]) + epsilon[1])
 
     (Lin et al. 2017, Feature Pyramid Networks, equation 1), within `levels`; features[level - levels[0]] is read.
 
@@ -91,6 +92,8 @@ def multiscale_roi_align(
         spatial_scales: size of each map over that of the image.
         levels: the first and the last level; None: -log2 of the first and the last scale.
         canonical_size, canonical_level: a box of this size belongs to this level.
+        epsilon: what keeps sizes that are powers of two from falling a level. None: (0, 1e-6), torchvision's;
+            detectron2's is (1e-8, 0).
         output_size, sampling_ratio, aligned, mode: as for `roi_align`.
 
     Returns:
@@ -115,6 +118,7 @@ def multiscale_roi_align(
         most,
         float(canonical_size),
         float(canonical_level),
+        [0.0, 1e-6] if epsilon is None else list(epsilon),
     )
 
 
@@ -139,5 +143,7 @@ def _as_rows(op: str, boxes: Boxes, like: Tensor) -> Tensor:
     if len(boxes) == 0:
         return like.new_zeros((0, 5 if like.dim() == 4 else 7), dtype=torch.float32)
     rows = torch.cat(list(boxes))
-    index = torch.cat([each.new_full((each.shape[0], 1), float(image)) for image, each in enumerate(boxes)])
+    if rows.dtype in (torch.float16, torch.bfloat16):  # which cannot count the images
+        rows = rows.float()
+    index = torch.cat([rows.new_full((each.shape[0], 1), float(image)) for image, each in enumerate(boxes)])
     return torch.cat([index, rows], 1)

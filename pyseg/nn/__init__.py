@@ -1,9 +1,12 @@
 """The operators as modules."""
 
+from pyseg.nn.aspp import ASPP as ASPP
+from pyseg.nn.aspp import ASPPSum as ASPPSum
 from pyseg.nn.atrous_conv2d import AtrousConv2d as AtrousConv2d
 from pyseg.nn.atrous_conv2d import AtrousConv2dPlan as AtrousConv2dPlan
 from pyseg.nn.dense_crf import CRFasRNN as CRFasRNN
 from pyseg.nn.dense_crf import DenseCRF as DenseCRF
+from pyseg.nn.jpu import JPU as JPU
 from pyseg.nn.losses import *  # noqa: F403
 from pyseg.nn.losses import __all__ as _losses
 from pyseg.nn.metrics import ConfusionMatrix as ConfusionMatrix
@@ -11,12 +14,15 @@ from pyseg.nn.metrics import SegmentationMetrics as SegmentationMetrics
 from pyseg.nn.roi_align import MultiScaleRoIAlign as MultiScaleRoIAlign
 
 __all__ = [
+    "ASPP",
+    "ASPPSum",
     "AtrousConv2d",
     "AtrousConv2dPlan",
     "ConfusionMatrix",
     "MultiScaleRoIAlign",
     "CRFasRNN",
     "DenseCRF",
+    "JPU",
     "SegmentationMetrics",
     *_losses,
 ]

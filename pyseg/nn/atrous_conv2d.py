@@ -27,7 +27,7 @@ class AtrousConv2dPlan(NamedTuple):
 
 
 class AtrousConv2d(nn.Conv2d):
-    """torch.nn.Conv2d whose 3x3 stride-1 convolutions, dense or depthwise, run on pyseg's kernels.
+    """torch.nn.Conv2d whose 3x3 stride-1 convolutions, dense or depthwise, and dense 1x1 run on pyseg's kernels.
 
     Same arguments, attributes, parameters and state_dict as nn.Conv2d, and all other convolutions (other kernels,
     strides, groups) work too: they go to torch. `plan` says which. Formula, dtypes, errors, accuracy and determinism:
@@ -134,20 +134,7 @@ class AtrousConv2d(nn.Conv2d):
         if self._folded is None or not self.applies_folded:
             return None, None, False
         bn, relu = self._folded
-        if bn is None:
-            return None, None, relu
-        mean, variance, gamma, beta, eps = bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
-        assert mean is not None  # fold_batch_norm has checked
-        assert variance is not None
-
-        def affine() -> tuple[Tensor, Tensor]:
-            scale = torch.rsqrt(variance + eps)
-            scale = scale if gamma is None else scale * gamma
-            shift = -mean * scale if beta is None else beta - mean * scale
-            return scale.to(dtype), shift.to(dtype)
-
-        tensors = tuple(tensor for tensor in (mean, variance, gamma, beta) if tensor is not None)
-        return *self._affine.get(tensors, (dtype, eps), affine), relu
+        return (None, None, relu) if bn is None else (*batch_norm_affine(bn, dtype, self._affine), relu)
 
     # ---- packed weight ----
 
@@ -167,21 +154,7 @@ class AtrousConv2d(nn.Conv2d):
         return super().train(mode)
 
     def _packed_weight(self, weight: Tensor) -> Tensor | None:
-        if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
-            return None
-        device = weight.device.type
-        if why_torch(weight, self.stride, self.groups, self.in_channels, weight.dtype, device) or self.groups != 1:
-            return None
-        if torch.is_grad_enabled() and weight.requires_grad:
-            if not torch.compiler.is_compiling():
-                self._packed.retire((weight,))
-            return None  # a training step changes it anyway
-        dtype = weight.dtype
-        if dtype != torch.float64 and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        pack = torch.ops.pyseg._atrous_conv2d_pack
-        packed: Tensor = self._packed.get((weight,), dtype, lambda: pack(weight.detach().to(dtype)))
-        return packed
+        return packed_weight(self, weight, self._packed)
 
     # ---- forward ----
 
@@ -228,7 +201,7 @@ class AtrousConv2d(nn.Conv2d):
             expected = f"[N, {self.in_channels}, H, W] or [{self.in_channels}, H, W]"
             raise RuntimeError(f"AtrousConv2d: input_shape must be {expected}, got {list(input_shape)}")
         weight, device = self.weight, self.weight.device.type
-        reason = why_torch(weight, self.stride, self.groups, self.in_channels, weight.dtype, device)
+        reason = why_torch_runs(self, weight)
         if reason:
             return AtrousConv2dPlan("torch", reason, {})
         batch = input_shape[0] if len(input_shape) == 4 else 1
@@ -239,6 +212,8 @@ class AtrousConv2d(nn.Conv2d):
             height, width = height + top + bottom, width + left + right
         if device == "cuda":
             return _cuda_plan(weight, self.groups)
+        if self.kernel_size == (1, 1):
+            height, width = (-(-size // step) for size, step in zip((height, width), self.stride, strict=True))
         plan = _loader._C.atrous_conv2d_plan(
             batch,
             self.in_channels,
@@ -248,6 +223,7 @@ class AtrousConv2d(nn.Conv2d):
             pad_h,
             pad_w,
             *self.dilation,
+            self.kernel_size[0],
             self.groups,
             self.exact,
         )
@@ -256,7 +232,51 @@ class AtrousConv2d(nn.Conv2d):
     def _zero_padding(self) -> tuple[int, ...]:
         if self.padding_mode != "zeros" or self.padding == "valid":
             return (0, 0)
-        return self.padding if isinstance(self.padding, tuple) else self.dilation
+        if isinstance(self.padding, tuple):
+            return self.padding
+        return self.dilation if self.kernel_size == (3, 3) else (0, 0)
+
+
+def why_torch_runs(conv: nn.Conv2d, weight: Tensor) -> str:
+    """Why a convolution with this weight is not for our kernels but for torch's; empty if it is for ours."""
+    padding = conv.padding if conv.padding_mode == "zeros" else (0, 0)  # other modes pad before the convolution
+    return why_torch(weight, conv.stride, padding, conv.groups, conv.in_channels, weight.dtype, weight.device.type)
+
+
+def batch_norm_affine(bn: nn.BatchNorm2d, dtype: torch.dtype, cache: Cached) -> tuple[Tensor, Tensor]:
+    """What a batch norm with running statistics does in eval mode, as scale and shift of each channel; cached."""
+    mean, variance, gamma, beta, eps = bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
+    assert mean is not None  # the callers have checked
+    assert variance is not None
+
+    def affine() -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(variance + eps)
+        scale = scale if gamma is None else scale * gamma
+        shift = -mean * scale if beta is None else beta - mean * scale
+        return scale.to(dtype), shift.to(dtype)
+
+    tensors = tuple(tensor for tensor in (mean, variance, gamma, beta) if tensor is not None)
+    result: tuple[Tensor, Tensor] = cache.get(tensors, (dtype, eps), affine)
+    return result
+
+
+def packed_weight(conv: nn.Conv2d, weight: Tensor, cache: Cached) -> Tensor | None:
+    """`weight` in the kernels' layout, cached; None where a call packs it for itself or takes it as it is."""
+    if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+        return None
+    device = weight.device.type
+    if conv.groups != 1 or why_torch_runs(conv, weight):
+        return None
+    if torch.is_grad_enabled() and weight.requires_grad:
+        if not torch.compiler.is_compiling():
+            cache.retire((weight,))
+        return None  # a training step changes it anyway
+    dtype = weight.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    pack = torch.ops.pyseg._atrous_conv2d_pack
+    packed: Tensor = cache.get((weight,), dtype, lambda: pack(weight.detach().to(dtype)))
+    return packed
 
 
 def _cuda_plan(weight: Tensor, groups: int) -> AtrousConv2dPlan:

@@ -143,12 +143,17 @@ class CRFasRNN(nn.Module):
         self.compatibility = nn.Parameter(1 - torch.eye(num_classes))
 
     def forward(self, logits: Tensor, image: Tensor) -> Tensor:
+        # Inference must give what training gave, so without the grid of every second pixel.
+        accuracy: CrfAccuracy = "high" if self.accuracy == "fast" else self.accuracy
+        smoothness = F.GaussianKernel(
+            self.smoothness_sigma, self.compatibility * self.smoothness, self.normalization, accuracy
+        )
         return F.dense_crf(
             -logits,
             image,
             iterations=self.iterations if self.training else self.eval_iterations,
-            smoothness=self.compatibility * self.smoothness,
-            smoothness_sigma=self.smoothness_sigma,
+            smoothness=None,
+            kernels=[smoothness],
             appearance=self.compatibility * self.appearance,
             spatial_sigma=self.spatial_sigma,
             color_sigma=self.color_sigma,

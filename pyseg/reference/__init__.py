@@ -8,6 +8,7 @@ from pyseg.reference.dense_crf import pairwise_matrix as pairwise_matrix
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
 from pyseg.reference.gaussian_filter import gaussian_filter as gaussian_filter
+from pyseg.reference.jpu import JPU as JPU
 from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
 from pyseg.reference.paste_masks import nms as nms
 from pyseg.reference.paste_masks import paste_masks as paste_masks
@@ -25,6 +26,7 @@ from pyseg.reference.upsample import upsample_concat as upsample_concat
 from pyseg.reference.upsample import upsample_concat_depthwise as upsample_concat_depthwise
 
 __all__ = [
+    "JPU",
     "atrous_conv2d",
     "average_surface_distance",
     "bilinear_upsample",

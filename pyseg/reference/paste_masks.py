@@ -15,7 +15,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], paddi
         framed = torch.nn.functional.pad(mask, (padding,) * 4)
         x1, y1, x2, y2 = box
         left, right, columns = _place(x1, x2, mask.shape[1], padding)
-        top, bottom, rows = _place(y1, y2, mask.shape[0], padding)
+        top, bottom, rows = _place(y1, y2, mask.shape[1], padding)
         image = []
         for y in range(height):
             for x in range(width):
@@ -27,9 +27,9 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], paddi
     return torch.stack(images) if images else masks.new_zeros(0, height, width).double()
 
 
-def _place(low: Tensor, high: Tensor, mask_size: int, padding: int) -> tuple[int, int, int]:
+def _place(low: Tensor, high: Tensor, mask_width: int, padding: int) -> tuple[int, int, int]:
     """First and last pixel and number of pixels of the framed mask along an axis; none in an inverted box."""
-    scale = torch.tensor((mask_size + 2 * padding) / mask_size, dtype=low.dtype)
+    scale = torch.tensor((mask_width + 2 * padding) / mask_width, dtype=low.dtype)
     half, centre = (high - low) * 0.5, (high + low) * 0.5
     first, last = int(centre - half * scale), int(centre + half * scale)
     return first, last, max(last - first + 1, 1)
@@ -48,11 +48,11 @@ def _value(framed: Tensor, y: float, x: float) -> Tensor:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tensor | None = None) -> Tensor:
-    """Greedy non-maximum suppression in the boxes' own arithmetic. O(K^2) Python steps."""
+    """Greedy non-maximum suppression: overlaps in the boxes' arithmetic, compared as doubles. O(K^2) Python steps."""
     kept: list[int] = []
     for row in scores.argsort(descending=True, stable=True).tolist():
         rivals = [other for other in kept if idxs is None or idxs[other] == idxs[row]]
-        if not any(_iou(boxes[other], boxes[row]) > iou_threshold for other in rivals):
+        if not any(_iou(boxes[other], boxes[row]).double() > iou_threshold for other in rivals):
             kept.append(row)
     return torch.tensor(kept, dtype=torch.int64)
 

@@ -38,6 +38,7 @@ def multiscale_roi_align(
     levels: tuple[int, int],
     canonical_size: float = 224.0,
     canonical_level: float = 4.0,
+    epsilon: tuple[float, float] = (0.0, 1e-6),
 ) -> Tensor:
     """Each box on its own level (Lin et al. 2017, equation 1), in float64; 0 where it has none."""
     rows = []
@@ -46,8 +47,10 @@ def multiscale_roi_align(
         area = float(width * height)
         level = -1
         if area >= 0:
-            log = math.log2(math.sqrt(area) / canonical_size) if area > 0 else -math.inf
-            level = int(max(levels[0], min(levels[1], math.floor(max(-99, canonical_level + log + 1e-6))))) - levels[0]
+            ratio = math.sqrt(area) / canonical_size + epsilon[0]
+            log = math.log2(ratio) if ratio > 0 else -math.inf
+            exact = max(-99, canonical_level + log + epsilon[1])
+            level = int(max(levels[0], min(levels[1], math.floor(exact)))) - levels[0]
         if 0 <= level < len(features):
             scale = spatial_scales[level]
             arguments = (output_size, scale, sampling_ratio, aligned)

@@ -53,10 +53,12 @@ class Case:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int = 1
+    kernel: int = 3
 
     def __str__(self) -> str:
         padding, dilation = ("x".join(map(str, pair)) for pair in (self.padding, self.dilation))
         kind = f"{self.c_in}to{self.c_out}" if self.groups == 1 else f"dw{self.c_in}"
+        kind = kind if self.kernel == 3 else f"pw{kind}"
         return f"{self.n}x{kind}-{self.h}x{self.w}-p{padding}-d{dilation}"
 
     @property
@@ -65,7 +67,7 @@ class Case:
 
     @property
     def weight_shape(self):
-        return (self.c_out, self.c_in // self.groups, 3, 3)
+        return (self.c_out, self.c_in // self.groups, self.kernel, self.kernel)
 
     @property
     def geometry(self):
@@ -82,6 +84,11 @@ def dense(n, c_in, size, c_out, dilation, padding=None) -> Case:
 
 def depthwise(n, channels, size, dilation, padding=None) -> Case:
     return dataclasses.replace(dense(n, channels, size, channels, dilation, padding), groups=channels)
+
+
+def pointwise(n, c_in, size, c_out, padding=0) -> Case:
+    """A dense 1x1 case."""
+    return dataclasses.replace(dense(n, c_in, size, c_out, 1, padding), kernel=1)
 
 
 def vectors(channels, dtype, device, seed=10, names=("bias", "scale", "shift")) -> dict[str, Tensor]:

@@ -371,3 +371,27 @@ def test_checks_are_not_vacuous():
     """The comparison that all value tests go through refuses a wrong result."""
     with pytest.raises(AssertionError, match="largest magnitude"):
         check(dense(1, 4, 6, 4, 1), bound=1e-12)
+
+
+# ---- the shared copy in channels_last ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 7, 6), (3, 20, 4, 9), (2, 1, 3, 3), (2, 4, 1, 1), (0, 3, 4, 4)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "window", "transposed"])
+def test_as_channels_last(device, dtype, shape, layout):
+    x = make(shape, dtype, device, layout)
+    copied = op.as_channels_last(x)
+    assert torch.equal(copied, x)
+    assert copied.is_contiguous(memory_format=torch.channels_last)
+    assert (copied is x) == x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_to_channels_last_is_registered():
+    torch.library.opcheck(torch.ops.pyseg._to_channels_last.default, (make((2, 3, 4, 5)),))
+    for input, message in (
+        (torch.zeros(3, 4, 5), r"_to_channels_last: input must be \[N, C, H, W\], got \[3, 4, 5\]"),
+        (torch.zeros(1, 3, 4, 5, dtype=torch.float16), "_to_channels_last: input must be float32 or float64, got"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.pyseg._to_channels_last(input)

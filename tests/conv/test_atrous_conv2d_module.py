@@ -52,6 +52,9 @@ def assert_current(module, x, tolerance=1e-4):
         {"kernel_size": 3, "padding": 1, "groups": 8},
         {"kernel_size": 3, "padding": 1, "groups": 2},
         {"kernel_size": 1},
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 1, "padding": "same", "dilation": 3},
+        {"kernel_size": 1, "padding": 1, "padding_mode": "reflect", "stride": (1, 2)},
         {"kernel_size": 3, "stride": 2, "padding": 1},
         {"kernel_size": 3, "padding": 2, "dilation": 2, "padding_mode": "reflect"},
         {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"},
@@ -613,7 +616,10 @@ def test_repr_tells():
 
 def test_plan_of_what_is_torchs():
     for module, reason in (
-        (AtrousConv2d(4, 4, 1), "kernel 1x1 is not 3x3"),
+        (AtrousConv2d(4, 4, 5), "kernel 5x5 is neither 3x3 nor 1x1"),
+        (AtrousConv2d(4, 4, 1, groups=4), "groups 4 of a 1x1 kernel is not 1"),
+        (AtrousConv2d(4, 4, 1, stride=2, padding=1), r"stride \(2, 2\) with padding \(1, 1\)"),
+        (AtrousConv2d(4, 4, 1, dtype=torch.bfloat16), "1x1 in 16 bits"),
         (AtrousConv2d(4, 4, 3, stride=2), r"stride \(2, 2\) is not 1"),
         (AtrousConv2d(4, 8, 3, groups=4), "groups 4 is neither 1 nor C_in = C_out"),
         (AtrousConv2d(4, 4, 3, device="meta"), "no kernels for meta"),
@@ -640,6 +646,13 @@ def test_plan_on_cpu():
         assert "exact" in exact.reason or plan.path != "winograd"
     assert "winograd" in paths.values()
     assert AtrousConv2d(8, 8, 3, groups=8).plan((1, 8, 9, 9)).path == "depthwise"
+
+
+def test_plan_of_pointwise_on_cpu():
+    plan = AtrousConv2d(64, 32, 1).plan((2, 64, 9, 10))
+    assert (plan.path, plan.reason, plan.details["taps"]) == ("direct", "1x1: one matrix product", 90)
+    assert AtrousConv2d(64, 32, 1, stride=(2, 3)).plan((2, 64, 9, 10)).details["taps"] == 20
+    assert AtrousConv2d(64, 32, 1, padding=1).plan((2, 64, 9, 10)).details["taps"] == 90  # padding has none
 
 
 def test_plan_counts_the_padding_of_other_modes():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from crf_cases import noisy_unary, on_each_number_of_threads, photo, rand, randn
@@ -17,6 +18,7 @@ from pyseg.functional import (
     dense_crf,
     dense_crf_energy,
     dense_crf_kernels,
+    gaussian_filter,
 )
 
 NORMALIZATIONS = ["symmetric", "before", "after", "none"]
@@ -109,6 +111,70 @@ def test_hypothesis(classes, shape, channels, normalization, iterations, sigmas,
         unary, image, potts(0.5, classes), potts(0.3, classes), normalization, sigmas, iterations=iterations
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigmas", [(1000.0, 0.01), (1e7, 0.3), (0.5, 40.0)])
+def test_exact_smoothness_with_unequal_sigmas(device, sigmas):
+    """Each axis is filtered as far as the image goes, whatever the other axis takes."""
+    unary, _ = problem()
+    got = dense_crf(unary.to(device), smoothness=2.0, smoothness_sigma=sigmas, iterations=2, accuracy="exact").cpu()
+    y, x = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij")
+    matrix = reference.pairwise_matrix(torch.stack([y / sigmas[0], x / sigmas[1]]).double()[None].flatten(2))
+    expected = reference.dense_crf(unary.flatten(2), [matrix], [potts(2.0, 4)], iterations=2)
+    torch.testing.assert_close(got.flatten(2), expected, rtol=0, atol=1e-6)
+
+
+def kernels_of_both_types(unary, image):
+    """A kernel in float64 beside one in float32, in both orders."""
+    exact = FeatureKernel(bilateral_features(image), 2.0, accuracy="exact").bind(unary)
+    fast = FeatureKernel(bilateral_features(image.float()), 1.0).bind(unary.float())
+    assert [kernel.compatibility.dtype for kernel in (exact, fast)] == [torch.float64, torch.float32]
+    return [exact, fast], [fast, exact]
+
+
+def test_kernels_of_other_types(device):
+    """Kernels that were bound for another type than the unary's: the wider type is computed in, unary's returned."""
+    unary, image = problem()
+    unary, image = unary.to(device), image.double().to(device)
+    for kernels in kernels_of_both_types(unary, image):
+        expected = dense_crf(unary, kernels=kernels, smoothness=None, iterations=3)
+        assert expected.dtype == torch.float64
+        tracked = dense_crf(unary.clone().requires_grad_(), kernels=kernels, smoothness=None, iterations=3)
+        torch.testing.assert_close(tracked.detach(), expected)
+        narrow = dense_crf(unary.float(), kernels=kernels, smoothness=None, iterations=3)
+        assert narrow.dtype == torch.float32
+        torch.testing.assert_close(narrow.double(), expected, rtol=1e-4, atol=1e-5)
+        logits = dense_crf(unary, kernels=kernels, smoothness=None, iterations=3, output="logits")
+        torch.testing.assert_close(logits.softmax(1), expected)
+        energy = dense_crf_energy(unary.float(), narrow, kernels)
+        torch.testing.assert_close(energy.double(), dense_crf_energy(unary, expected, kernels), rtol=1e-4, atol=1e-3)
+    for bound in (dense_crf_kernels(unary, image), dense_crf_kernels(unary.float(), image.float())):
+        results = [dense_crf(u, kernels=bound, smoothness=None) for u in (unary, unary.float())]
+        assert [result.dtype for result in results] == [torch.float64, torch.float32]
+        torch.testing.assert_close(results[0].float(), results[1], rtol=1e-3, atol=1e-4)
+
+
+def test_accuracy_of_one_kernel(device):
+    """A kernel's own level comes before the call's."""
+    unary, image = problem()
+    features = bilateral_features(image.double()).to(device)
+    unary = unary.float().to(device)
+    matrix = reference.pairwise_matrix(features.cpu().flatten(2))
+    expected = reference.dense_crf(unary.cpu().flatten(2), [matrix], [potts(2.0, 4)], iterations=2)
+    for own, other in (("exact", "fast"), ("fast", "exact"), ("high", "exact")):
+        kernel = FeatureKernel(features, 2.0, accuracy=own)
+        got = dense_crf(unary, kernels=[kernel], smoothness=None, iterations=2, accuracy=other)
+        plain = dense_crf(unary, kernels=[FeatureKernel(features, 2.0)], smoothness=None, iterations=2, accuracy=own)
+        assert torch.equal(got, plain)
+        (bound,) = dense_crf_kernels(unary, kernels=[kernel], smoothness=None, accuracy=other)
+        assert bound.compatibility.dtype == (torch.float64 if own == "exact" else torch.float32)
+        if own == "exact":
+            torch.testing.assert_close(got.cpu().flatten(2), expected.float(), rtol=0, atol=2e-7)
+    smooth = GaussianKernel(2.0, 1.0, accuracy="exact").bind(unary)
+    assert smooth.compatibility.dtype == torch.float64
+    assert not GaussianKernel(2.0, 1.0, accuracy="high").bind(unary).coarse
+    with pytest.raises(RuntimeError, match="accuracy must be one of fast, high, exact, got low"):
+        GaussianKernel(2.0, accuracy="low").bind(unary)
 
 
 def test_sigmas_by_axis_and_channel(device):
@@ -261,6 +327,81 @@ def test_energy(device):
         previous = got
 
 
+def test_energy_of_excluded_labels(device):
+    """Infinite unaries cost nothing where the label has no probability; everything where it has some."""
+    unary, image = problem()
+    kernels = dense_crf_kernels(unary.to(device), image.to(device))
+    excluded = unary.clone()
+    excluded[0, 1, 2:4] = torch.inf
+    marginals = dense_crf(excluded.to(device), kernels=kernels, smoothness=None)
+    assert (marginals[0, 1, 2:4] == 0).all()
+    expected = dense_crf_energy(unary.to(device), marginals, kernels)
+    assert expected.isfinite().all()
+    own = excluded.to(device).requires_grad_()
+    got = dense_crf_energy(own, marginals, kernels)
+    torch.testing.assert_close(got.detach(), expected)
+    (grad,) = torch.autograd.grad(got.sum(), own)
+    torch.testing.assert_close(grad, marginals)
+    assert torch.equal(
+        dense_crf_energy(excluded.to(device), unary.to(device).softmax(1), kernels).cpu() == torch.inf,
+        torch.tensor([True, False]),
+    )
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_logits_without_iterations(device, requires_grad):
+    """The unaries, also where marginals are rounded to 0; with marginals to start from their logarithm."""
+    unary, image = problem()
+    unary = (unary * 200).to(device).requires_grad_(requires_grad)
+    got = dense_crf(unary, image.to(device), iterations=0, output="logits", temperature=2.0)
+    assert torch.equal(got, -unary / 2)
+    if requires_grad:
+        (grad,) = torch.autograd.grad(got.logsumexp(1).sum(), unary)
+        assert grad.isfinite().all()
+    initial = rand(2, 4, 6, 8).to(device)
+    got = dense_crf(unary, image.to(device), iterations=0, output="logits", initial=initial)
+    torch.testing.assert_close(got, initial.log())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_types_are_rounded_once(device, dtype):
+    """Whatever is asked for is what float32 gives, rounded."""
+    unary, image = problem(dtype=torch.float32)
+    unary, image = unary.to(device, dtype), image.to(device)
+    for extra in ({}, {"tolerance": 0.0}, {"output": "logits"}, {"initial": rand(2, 4, 6, 8).to(device, dtype)}):
+        wide = {name: value.float() if name == "initial" else value for name, value in extra.items()}
+        assert torch.equal(dense_crf(unary, image, **extra), dense_crf(unary.float(), image, **wide).to(dtype))
+    assert torch.equal(dense_crf(unary, image, output="labels"), dense_crf(unary.float(), image, output="labels"))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-8, 1e8, 1e30])
+def test_extreme_temperatures(device, requires_grad, temperature):
+    unary, image = problem(dtype=torch.float32)
+    unary = unary.to(device).requires_grad_(requires_grad)
+    got = dense_crf(unary, image.to(device), temperature=temperature).detach()
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.sum(1), torch.ones_like(got[:, 0]))
+    if temperature > 1:
+        torch.testing.assert_close(got, torch.full_like(got, 0.25))
+    else:
+        assert ((got == 0) | (got == 1)).all()
+
+
+def test_numbers_of_other_libraries(device):
+    unary, image = problem()
+    unary, image = unary.to(device), image.to(device)
+    expected = dense_crf(unary, image, smoothness_sigma=2.0)
+    for number in (np.float32(2), np.array(2.0), torch.tensor(2.0), np.int64(2), np.array([2.0, 2]), torch.ones(2) * 2):
+        assert torch.equal(dense_crf(unary, image, smoothness_sigma=number), expected)
+        assert torch.equal(gaussian_filter(unary, number), gaussian_filter(unary, 2.0))
+    got = dense_crf(
+        unary, image, smoothness=np.float32(3), appearance=torch.tensor(10.0), spatial_sigma=np.float32(80),
+        color_sigma=torch.tensor(13), smoothness_sigma=2.0,
+    )  # fmt: skip
+    assert torch.equal(got, expected)
+
+
 # ---- gradients ----
 
 
@@ -398,7 +539,8 @@ U, K = (1, 3, 4, 5), (1, 2, 4, 5)
         (U, K, {"color_sigma": (1.0,)}, "color_sigma must be a number or one for each of the 2 channels of image, got"),
         (U, K, {"spatial_sigma": (1.0,)}, "spatial_sigma must be a number or one for each of the 2 axes of image, got"),
         (U, K, {"iterations": -1}, "iterations must not be negative, got -1"),
-        (U, K, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        (U, K, {"temperature": 0.0}, "temperature must be from 1e-30 to 1e30, got 0.0"),
+        (U, K, {"temperature": 1e-40}, "temperature must be from 1e-30 to 1e30, got 1e-40"),
         (U, K, {"tolerance": -0.1}, "tolerance must not be negative, got -0.1"),
         (U, K, {"normalization": "both"}, "normalization must be one of symmetric, before, after, none, got both"),
         (U, K, {"accuracy": "low"}, "accuracy must be one of fast, high, exact, got low"),
@@ -488,6 +630,16 @@ def test_crf_as_rnn(device):
     assert losses[-1] < 0.7 * losses[0]
     with pytest.raises(RuntimeError, match="CRFasRNN: num_classes must be at least 2, got 1"):
         pyseg.nn.CRFasRNN(1)
+
+
+def test_crf_as_rnn_infers_what_it_was_trained_for():
+    """On a map that is large enough for the coarse grid, with weights that amplify any difference."""
+    image, unary = photo("coffee", 64, 48), noisy_unary(6, 48, 64).float()
+    module = pyseg.nn.CRFasRNN(6, color_sigma=20.0, smoothness=12.0, appearance=20.0, eval_iterations=5)
+    trained = module(-4 * unary, image).detach().softmax(1)
+    with torch.no_grad():
+        inferred = module.eval()(-4 * unary, image).softmax(1)
+    torch.testing.assert_close(inferred, trained, rtol=0, atol=2e-4)
 
 
 def test_it_cleans_a_noisy_mask():

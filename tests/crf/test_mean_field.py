@@ -226,11 +226,11 @@ def coarse_matrix(size, sigma):
 @pytest.mark.parametrize(
     ("classes", "shape", "sigma"),
     [
-        (2, (35, 50), (3.0, 2.0)),
+        (2, (35, 50), (3.0, 4.0)),
         (21, (64, 101), (3.0, 3.0)),
-        (40, (32, 33), (2.5, 6.0)),
-        (3, (4, 33, 100), (1.0, 3.0, 2.0)),
-        (5, (9, 40, 32), (0.0, 2.0, 3.0)),
+        (40, (32, 33), (3.5, 6.0)),
+        (3, (4, 33, 100), (1.0, 3.0, 3.5)),
+        (5, (9, 40, 32), (0.0, 3.0, 3.0)),
     ],
 )
 def test_coarse_grid(classes, shape, sigma):
@@ -252,6 +252,13 @@ def test_coarse_grid(classes, shape, sigma):
         q = softmax_of(unary + (costs @ (message * weights).flatten(2)).reshape(unary.shape), 1.2)
     torch.testing.assert_close(got, q, rtol=0, atol=1e-11)
     assert (got - exact).abs().mean() < 1e-2 * (exact - softmax_of(unary, 1.2)).abs().mean()
+
+
+def test_no_coarse_grid_for_narrow_kernels():
+    unary, scale = randn(1, 3, 40, 50), torch.zeros(0, dtype=torch.float64)
+    for sigma in ((2.9, 3.0), (3.0, 2.9)):
+        arguments = (unary, None, 2, 1.0, [], [sigma], [scale], [scale], [rand(3)])
+        assert torch.equal(run(*arguments, coarse=True), run(*arguments))
 
 
 def softmax_op(unary, temperature=1.3):
@@ -288,8 +295,8 @@ def test_opcheck(device):
         ({"unary": lambda u: u.double()}, "weight must be torch.Double, got torch.Float"),
         ({"initial": lambda i: torch.zeros(2, 3, 4, 4)}, r"initial must be \[2, 3, 4, 5\], got \[2, 3, 4, 4\]"),
         ({"iterations": lambda i: -1}, "iterations must not be negative, got -1"),
-        ({"temperature": lambda t: 0.0}, "temperature must be positive and finite, got 0"),
-        ({"temperature": lambda t: float("nan")}, "temperature must be positive and finite, got nan"),
+        ({"temperature": lambda t: 0.0}, "temperature must be from 1e-30 to 1e30, got 0"),
+        ({"temperature": lambda t: float("nan")}, "temperature must be from 1e-30 to 1e30, got nan"),
         ({"sigmas": lambda s: [[1.0]]}, "sigmas must be 2 for each kernel, got 1"),
         ({"sigmas": lambda s: [[1.0, -1.0]]}, "sigma must be finite and not negative, got -1"),
         ({"scale_in": lambda s: s[:1]}, "scale_in, scale_out and compatibility must have an element for each of 2"),

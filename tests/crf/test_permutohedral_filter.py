@@ -289,3 +289,34 @@ def test_lattices_that_would_be_read_out_of_bounds(name, accuracy):
             wrong.view(-1)[tensor.numel() // 2] = value
             with pytest.raises(RuntimeError, match=f"permutohedral_filter: {name.removeprefix('kernel_')[:6]}|kernel_"):
                 permutohedral_filter(lattice._replace(**{name: wrong}), randn(images, 2, 7))
+
+
+@pytest.mark.parametrize("accuracy", LEVELS)
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("name", ["vertex", "neighbour", "kernel_vertex"])
+def test_vertices_of_the_padding(name, images, accuracy):
+    """Tables end with an image's vertices, which may be fewer than the lattice has rows."""
+    plain = permutohedral_lattice(randn(images, 3, 7), accuracy)
+    lattice = permutohedral_lattice(randn(images, 3, 7), accuracy, max_vertices=len(plain.key) + 5)
+    values = randn(images, 2, 7)
+    torch.testing.assert_close(permutohedral_filter(lattice, values), permutohedral_filter(plain, values))
+    wrong = getattr(lattice, name).clone()
+    if wrong.numel() > 0:
+        wrong.view(-1)[0] = len(plain.key) + 2
+        with pytest.raises(RuntimeError, match=f"permutohedral_filter: {name} must be of its image"):
+            permutohedral_filter(lattice._replace(**{name: wrong}), values)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_offsets_that_do_not_start_at_zero(images):
+    lattice = permutohedral_lattice(randn(images, 3, 7), max_vertices=100)
+    with pytest.raises(RuntimeError, match="permutohedral_filter: offset must start at 0, got 1"):
+        permutohedral_filter(lattice._replace(offset=lattice.offset + 1), randn(images, 2, 7))
+
+
+def test_rows_that_do_not_ascend():
+    lattice = permutohedral_lattice(randn(2, 3, 7), "high")
+    row = lattice.kernel_row.clone()
+    row[1] = row[2] + 1
+    with pytest.raises(RuntimeError, match="permutohedral_filter: kernel_row must ascend"):
+        permutohedral_filter(lattice._replace(kernel_row=row), randn(2, 2, 7))

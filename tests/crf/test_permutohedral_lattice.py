@@ -292,6 +292,9 @@ def test_errors_of_the_vertex_kernel():
         ((lattice.key, lattice.offset + 1, 1.0, 2.0, True), "offset must ascend from 0"),
         ((lattice.key, lattice.offset, 0.5, 2.0, True), "scale must be above 1/2"),
         ((lattice.key, lattice.offset, 1.0, 0.0, True), "cutoff must be from 0 to 10000"),
+        ((lattice.key, lattice.offset[-1:], 1.0, 2.0, True), "offset must ascend from 0"),
+        ((lattice.key, lattice.offset, 1e9, 2.0, True), r"scale \* cutoff \* \(d \+ 1\) must be below 5016, got 8e"),
+        ((lattice.key, lattice.offset, 1.0, 9999.0, True), r"scale \* cutoff \* \(d \+ 1\) must be below 5016"),
     ):
         with pytest.raises(RuntimeError, match=message):
             kernel(*arguments)

@@ -256,6 +256,22 @@ def test_accuracy_is_an_option():
     assert errors["high"] < errors["fast"]
 
 
+def test_divergence_with_infinite_energies():
+    """Of labels that are excluded: 0 times infinity is no energy."""
+    energy = our_utils.unary_from_softmax(probabilities())
+    energy[2, :50] = np.inf
+    d = our_densecrf.DenseCRF2D(W, H, L)
+    d.setUnaryEnergy(energy)
+    d.addPairwiseGaussian(3, 3)
+    Q = d.inference(3)
+    assert (Q[2, :50] == 0).all()
+    assert np.isfinite(d.klDivergence(Q))
+    expected = d.klDivergence(Q)
+    energy[2, :50] = 7.0
+    d.setUnaryEnergy(energy)
+    np.testing.assert_allclose(expected, d.klDivergence(Q))
+
+
 def test_errors():
     d = our_densecrf.DenseCRF2D(W, H, L)
     with pytest.raises(ValueError, match=r"Bad shape for unary energy \(Need \(5, 1728\), got \(5, 7\)\)"):

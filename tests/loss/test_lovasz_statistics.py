@@ -223,3 +223,26 @@ def test_compile_and_export():
     arguments = make_logits((2, 3, 6, 7)), make_labels((2, 3, 6, 7), ignore=255)
     program = torch.export.export(Loss(), arguments)
     assert torch.equal(program.module()(*arguments), loss_of(*arguments))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("per_image", [True, False])
+def test_good_predictions(device, activation, per_image):
+    """Most elements have a smaller error than any of the class, and the slope 0."""
+    shape = (2, 4, 37, 41)
+    labels = make_labels(shape, activation, ignore=255)
+    one_hot = torch.stack([labels == c for c in range(4)], 1) if activation == "softmax" else make_dense(shape).round()
+    target = labels if activation == "softmax" else one_hot.to(torch.uint8)
+    logits = make_logits(shape, torch.float64, seed=3).tanh() * 0.8 + (2.0 * one_hot - 1)
+    if activation == "none":
+        logits = logits.sigmoid()
+    check(logits, target, activation, 255, per_image, device=device)
+
+
+def test_nan_is_seen_everywhere():
+    """Of the class, of another, and where there is no element of the class."""
+    for label in (0, 1, 2):
+        logits, labels = make_logits((1, 3, 40)), torch.full((1, 40), label)
+        logits[0, 0, 7] = float("nan")
+        loss, _ = lovasz(logits, labels, "softmax", None, True)
+        assert loss.isnan().all()

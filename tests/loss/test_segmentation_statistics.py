@@ -21,9 +21,15 @@ from drawn import drawn_settings
 from pyseg import reference
 from pyseg._ops.segmentation_statistics import COLUMNS
 
-statistics = torch.ops.pyseg.segmentation_statistics
+operator = torch.ops.pyseg.segmentation_statistics
+backward = torch.ops.pyseg._segmentation_statistics_backward
+NOTHING_KEPT = torch.empty(0)
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 ALL = (True, True, True)
+
+
+def statistics(*arguments):
+    return operator(*arguments)[0]
 
 
 def check(logits, target, weight, *arguments, device="cpu"):
@@ -187,9 +193,8 @@ def test_binary_labels_out_of_range():
                         statistics(logits, labels, None, "sigmoid", ignore, 0.0, *flags)
                 check(logits, labels, None, "sigmoid", wrong, 0.0, *flags)
             grad = torch.ones(2, 1, 11, dtype=torch.float64)
-            backward = torch.ops.pyseg._segmentation_statistics_backward
             with pytest.raises(RuntimeError, match=f"labels from 0 to 1, got {wrong}$"):
-                backward(grad, logits, labels, None, "sigmoid", None, 0.0, *FLAGS[0])
+                backward(grad, logits, labels, None, "sigmoid", None, 0.0, *FLAGS[0], NOTHING_KEPT)
 
 
 def test_binary_labels_with_special_logits(device):
@@ -304,10 +309,10 @@ def test_same_bits_for_any_number_of_threads(layout):
             for activation in ("softmax", "sigmoid"):
                 arguments = (None, activation, 255, 2.0, *ALL)
                 results.append(statistics(logits, labels, *arguments))
-                results.append(torch.ops.pyseg._segmentation_statistics_backward(grad, logits, labels, *arguments))
+                results.append(backward(grad, logits, labels, *arguments, NOTHING_KEPT))
             binary = logits[:, :1].contiguous(), labels.clamp_max(1), None, "sigmoid", None, 2.0, True, True, False
             results.append(statistics(*binary))
-            results.append(torch.ops.pyseg._segmentation_statistics_backward(grad[:, :1], *binary))
+            results.append(backward(grad[:, :1], *binary, NOTHING_KEPT))
     finally:
         torch.set_num_threads(before)
     for first, other in zip(results[:6] * 2, results[6:], strict=True):
@@ -364,10 +369,10 @@ def test_opcheck(device):
         z = logits.to(device).requires_grad_()
         labels = make_labels(logits.shape).to(device)
         arguments = (weight if logits.dim() == 4 else None, "softmax", None, 0.0, *ALL)
-        torch.library.opcheck(statistics.default, (z, labels, *arguments))
+        torch.library.opcheck(operator.default, (z, labels, *arguments))
         grad = torch.rand(2, logits.shape[1], 11, dtype=torch.float64).to(device)
-        backward = torch.ops.pyseg._segmentation_statistics_backward.default
-        torch.library.opcheck(backward, (grad, z.detach(), labels, *arguments))
+        nothing = NOTHING_KEPT.to(device)
+        torch.library.opcheck(backward.default, (grad, z.detach(), labels, *arguments, nothing))
 
 
 def test_vectorised_logarithm():

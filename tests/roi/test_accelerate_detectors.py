@@ -13,6 +13,8 @@ from torchvision.models import detection
 from torchvision.ops import MultiScaleRoIAlign
 
 import pyseg
+from pyseg._accelerate import detection as detection_parts
+from pyseg._accelerate import measure
 
 PARTS = {"rpn": "batched_nms", "roi_heads": "batched_nms", "roi_heads.box_roi_pool": "multiscale_roi_align"}
 
@@ -150,6 +152,37 @@ def test_training():
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+def test_mask_targets_of_values_above_one():
+    """Bytes from 0 to 255 are values, not truths."""
+    boxes = torch.tensor([[5.0, 5, 60, 50], [30, 20, 90, 65]])
+    masks = torch.zeros(2, 70, 100, dtype=torch.uint8)
+    masks[0, 5:40, 5:60] = masks[1, 20:65, 40:90] = 255
+    found = {}
+    loss = detection_parts._rebound(detection.roi_heads.maskrcnn_loss, found, 4)
+    assert list(found) == ["crop_masks"]
+    logits = torch.full((2, 4, 28, 28), 0.3)
+    for values in (masks, masks // 255):
+        arguments = logits, [boxes], [values], [torch.tensor([1, 2])], [torch.arange(2)]
+        torch.testing.assert_close(loss(*arguments), detection.roi_heads.maskrcnn_loss(*arguments))
+
+
+def test_clocks_wait_for_the_device(monkeypatch):
+    """A part's time starts when earlier work is done, and ends when its own is."""
+    events = []
+
+    def clock():
+        events.append("clock")
+        return float(len(events))
+
+    monkeypatch.setattr(measure.Example, "synchronize", lambda example: events.append("wait"))
+    monkeypatch.setattr(detection_parts, "perf_counter", clock)
+    layer = torchvision.ops.RoIAlign(3, 0.5, 2)
+    pyseg.accelerate(layer, (torch.randn(1, 5, 60, 64), [rows_of_boxes()]))
+    clocks = [i for i, event in enumerate(events) if event == "clock"]
+    assert len(clocks) >= 4
+    assert all(events[i - 1] == "wait" for i in clocks)
+
+
 def test_subclass_that_calls_super():
     """A method of the user's own over the one that is made anew."""
 
@@ -258,6 +291,29 @@ def test_detectron2_pooler(detectron2):
     pooler.level_poolers[1].aligned = False  # levels that differ: not one call
     pyseg.accelerate(pooler)
     assert [row.became for row in pyseg.report(pooler).rows] == ["roi_align", "roi_align"]
+
+
+def sizes_around_levels():
+    """Boxes whose sizes are powers of two, and some units in the last place more and less."""
+    size = torch.tensor([14.0, 28.0, 56.0, 112.0, 224.0]).repeat_interleave(41)
+    size = size * (1 + torch.arange(-20, 21).repeat(5) * 2.0**-23)
+    return torch.stack([size * 0, size * 0, size, size], 1)
+
+
+def test_levels_of_detectron2(detectron2):
+    """Its epsilon is within the logarithm, torchvision's behind it: sizes just below a power of two tell them apart."""
+    scales = [0.25, 0.125, 0.0625]
+    pooler = detectron2.ROIPooler(1, scales, 1)
+    features = [torch.full((1, 1, 64 >> i, 64 >> i), float(i)) for i in range(3)]
+    boxes = sizes_around_levels()
+    expected = pooler(features, [detectron2.Boxes(boxes)])
+    pyseg.accelerate(pooler)
+    assert torch.equal(pooler(features, [detectron2.Boxes(boxes)]), expected)
+    theirs = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2"], 1, 1)
+    arguments = {str(i): x for i, x in enumerate(features)}, [boxes], [(256, 256)]
+    other = theirs(*arguments)
+    assert not torch.equal(other, expected)
+    assert torch.equal(pyseg.accelerate(theirs)(*arguments), other)
 
 
 def test_detectron2_suppression(detectron2):

@@ -60,7 +60,6 @@ def test_drawn_cases(device):
     @given(drawn(), st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 1.0]))
     def run(case, threshold):
         boxes, scores, idxs = case
-        # The comparison is that of a float32 overlap with the threshold as float32, as in torchvision's kernel.
         got = nms(boxes.to(device), scores.to(device), threshold).cpu()
         assert torch.equal(got, torchvision.ops.nms(boxes, scores, threshold))
         assert torch.equal(got, reference.nms(boxes, scores, threshold))
@@ -68,6 +67,33 @@ def test_drawn_cases(device):
         assert torch.equal(got, reference.nms(boxes, scores, threshold, idxs))
 
     run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_threshold_that_is_no_float(device, dtype):
+    """A float32 overlap is compared with the threshold in double precision, as in torchvision's kernel."""
+    boxes = torch.tensor([[0.0, 0, 2, 1], [1, 0, 3, 1], [10, 0, 13, 1], [10, 0, 11, 1], [0, 5, 1, 6]], dtype=dtype)
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5], dtype=dtype)
+    third = torch.tensor(1 / 3).item()  # as float32: a bit more than 1 / 3
+    for threshold in (1 / 3, third, third + 1e-12, third - 1e-12, -0.5, -1e-50, 1e-50, 1e300, -1e300, float("nan")):
+        expected = torchvision.ops.nms(boxes, scores, threshold)
+        assert torch.equal(reference.nms(boxes, scores, threshold), expected)
+        assert torch.equal(nms(boxes.to(device), scores.to(device), threshold).cpu(), expected)
+        idxs = torch.zeros(5, dtype=torch.int64)
+        got = batched_nms(boxes.to(device), scores.to(device), idxs.to(device), threshold)
+        assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_other_types_of_classes(device, dtype):
+    boxes, scores, idxs = make(60)
+    idxs = idxs.abs().to(dtype)
+    expected = torchvision.ops.batched_nms(boxes, scores, idxs, 0.5)
+    on_device = (boxes.to(device), scores.to(device))
+    got = batched_nms(*on_device, idxs.to(device), 0.5)
+    assert torch.equal(got.cpu().sort().values, expected.sort().values)
+    rows, number = nms_padded(*on_device, 0.5, idxs.to(device))
+    assert torch.equal(rows[: int(number)], got)
 
 
 def test_special_values(device):

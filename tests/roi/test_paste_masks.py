@@ -17,8 +17,9 @@ ROUNDING = {FLOAT: 1e-5, DOUBLE: 1e-12, torch.float16: 1e-3, torch.bfloat16: 8e-
 
 
 def make_masks(count, size=28, dtype=FLOAT, seed=0):
-    """Smooth shapes with values from 0 to 1."""
-    noise = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
+    """Smooth shapes with values from 0 to 1; size: of a square, or (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    noise = torch.randn(count, 1, height, width, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.avg_pool2d(noise, 5, 1, 2).mul(4).sigmoid().to(dtype)
 
 
@@ -70,8 +71,8 @@ def check_all_outputs(masks, boxes, image_size, values, threshold, padding=1):
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_reference(device, dtype):
-    for size, (height, width), padding in ((1, (5, 7), 1), (6, (17, 21), 1), (14, (9, 70), 0), (3, (70, 9), 2)):
-        boxes = torch.cat([make_boxes(4, height, width, seed=size), SPECIAL])
+    for size, (height, width), padding in ((1, (5, 7), 1), (6, (17, 21), 1), (14, (9, 70), 0), ((3, 5), (70, 9), 2)):
+        boxes = torch.cat([make_boxes(4, height, width, seed=height), SPECIAL])
         masks = make_masks(len(boxes), size, dtype)
         got = paste_masks(masks.to(device), boxes.to(device), (height, width), padding=padding)
         expected = reference.paste_masks(masks[:, 0], boxes, (height, width), padding)
@@ -80,7 +81,7 @@ def test_reference(device, dtype):
         check_all_outputs(masks.to(device), boxes.to(device), (height, width), got.cpu().double(), 0.45, padding)
 
 
-@pytest.mark.parametrize("size", [28, 14])
+@pytest.mark.parametrize("size", [28, 14, (28, 9), (5, 20)], ids=str)
 def test_torchvision(device, size):
     """On images larger than the vectors, with boxes that reach beyond them, thresholds as detectors take them."""
     height, width = 130, 203
@@ -101,7 +102,9 @@ def drawn(draw):
         count, height, width, seed, draw(st.sampled_from([FLOAT, DOUBLE])), draw(st.sampled_from([0, 1.5]))
     )
     return (
-        make_masks(count, draw(st.integers(1, 30)), draw(st.sampled_from([FLOAT, DOUBLE])), seed),
+        make_masks(
+            count, (draw(st.integers(1, 30)), draw(st.integers(1, 30))), draw(st.sampled_from([FLOAT, DOUBLE])), seed
+        ),
         boxes,
         (height, width),
     )
@@ -121,6 +124,29 @@ def test_drawn_cases(device):
         check_all_outputs(masks.to(device), boxes.to(device), image_size, got.cpu(), 0.5)
 
     run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FLOAT, DOUBLE], ids=str)
+def test_threshold_of_the_masks_type(device, dtype):
+    """Is rounded to it, as in torch: a value that equals it is not above it."""
+    boxes = torch.tensor([[2.0, 2.0, 20.0, 20.0]], device=device)
+    for threshold in (0.3, 1 / 3, 0.7):
+        masks = torch.full((1, 6, 6), threshold, dtype=dtype, device=device)
+        values = paste_masks(masks, boxes, (24, 24))
+        assert values[0, 10, 10] == masks[0, 0, 0]
+        above = (values > threshold).cpu()
+        assert torch.equal(paste_masks(masks, boxes, (24, 24), threshold).cpu(), above)
+        assert torch.equal(unpacked(paste_masks(masks, boxes, (24, 24), threshold, "packed"), 24), above)
+        (runs,) = paste_masks(masks, boxes, (24, 24), threshold, output="rle")
+        assert runs["counts"] == coco.encode(np.asfortranarray(above[0].numpy().astype(np.uint8)))["counts"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_boxes_of_integers(device, dtype):
+    masks, boxes = make_masks(3), torch.tensor([[2, 3, 20, 16], [0, 0, 30, 20], [5, 9, 6, 11]], dtype=dtype)
+    expected = roi_heads.paste_masks_in_image(masks, boxes, (22, 33))[:, 0]
+    got = paste_masks(masks.to(device), boxes.to(device), (22, 33))
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_full_and_empty_masks(device):
@@ -234,6 +260,15 @@ def test_crop_like_torchvision(device, dtype):
         torch.testing.assert_close(
             got.cpu().float(), expected, rtol=1e-3 if dtype == torch.float16 else 1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8], ids=str)
+def test_crop_with_boxes_that_require_gradients(device, dtype):
+    masks = torch.ones(1, 16, 20, dtype=dtype, device=device)
+    boxes = make_boxes(3, 16, 20).to(device).requires_grad_()
+    got = crop_masks(masks, boxes, torch.zeros(3, dtype=torch.int64, device=device), 4)
+    assert not got.requires_grad
+    assert torch.equal(got, crop_masks(masks, boxes.detach(), torch.zeros(3, dtype=torch.int64, device=device), 4))
 
 
 def test_crop_of_special_boxes(device):

@@ -241,6 +241,15 @@ def test_maximum_off_the_map(device):
 # ---- gradients ----
 
 
+def test_maximum_among_more_points_than_a_float_counts():
+    """The last of 4097 * 4097 is the largest: it alone gets the gradient, not the one before it too."""
+    grad, x = torch.ones(1, 1, 1, 1), torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]])
+    box = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]])
+    arguments = ([x], box, [1, 1, 2, 2], [0], [1.0], 4097, False, "max", [], True, False)
+    (dx,), _ = torch.ops.pyseg._roi_align_backward(grad, *arguments)
+    torch.testing.assert_close(dx.sum(), torch.tensor(1.0))
+
+
 def coordinates(kind, dims, aligned):
     """Away from integers, where the derivative jumps."""
     if kind == "rotated":
@@ -419,7 +428,7 @@ def test_opcheck(device, mode):
     boxes = make_boxes(3, 2, (5, 7)).to(device).requires_grad_(mode == "max")
     torch.library.opcheck(torch.ops.pyseg.roi_align.default, (x, boxes, [2, 3], 1.0, 2, True, mode))
     half = torch.randn(2, 3, 3, 4, device=device, requires_grad=True)
-    pyramid = ([x, half], boxes, [2, 3], [1.0, 0.5], 0, False, mode, 4, 5, 5.0, 4.0)
+    pyramid = ([x, half], boxes, [2, 3], [1.0, 0.5], 0, False, mode, 4, 5, 5.0, 4.0, [0.0, 1e-6])
     torch.library.opcheck(torch.ops.pyseg.multiscale_roi_align.default, pyramid)
     sizes = [2, 3, 5, 7, 2, 3, 3, 4]
     backward = (
@@ -431,7 +440,7 @@ def test_opcheck(device, mode):
         2,
         True,
         mode,
-        [4.0, 5.0, 5.0, 4.0],
+        [4.0, 5.0, 5.0, 4.0, 0.0, 1e-6],
     )
     grad = torch.randn(3, 3, 2, 3, device=device)
     torch.library.opcheck(torch.ops.pyseg._roi_align_backward.default, (grad, *backward, True, True))
@@ -446,6 +455,13 @@ def test_autocast(device):
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, roi_align(x, boxes, 3))
     assert_near(got, reference.roi_align(x.cpu(), boxes.cpu(), (3, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_more_images_than_16_bits_count(device, dtype):
+    x = torch.arange(2100.0, device=device).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=dtype, device=device)
+    assert torch.equal(roi_align(x, [box] * 2100, 1, 1.0, 1)[:, 0, 0, 0], x[:, 0, 0, 0])
 
 
 def test_16_bit_coordinates_are_widened(device):
@@ -497,6 +513,10 @@ def test_large_offsets():
             "features must have the same images and channels",
         ),
         (lambda x, b: multiscale_roi_align([x], b, 2, [-1.0]), "spatial_scales must be positive"),
+        (
+            lambda x, b: multiscale_roi_align([x], b, 2, [1.0], epsilon=(-1.0, 0.0)),
+            r"epsilon must be two finite numbers, the first not negative, got \[-1, 0\]",
+        ),
         (
             lambda x, b: multiscale_roi_align([x], b, 2, [1.0], levels=(5, 4)),
             "least_level must be at most most_level, got 5 and 4",

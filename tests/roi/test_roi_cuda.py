@@ -28,7 +28,7 @@ def test_roi_align_budget(device):
     written = sum(f.nbytes for f in features)
     with cuda_budget("::roi_align_grad_maps<", launches=1, min_bytes=written, bytes_ratio=60):
         torch.ops.pyseg._roi_align_backward(
-            grad, [], boxes, sizes, [1] * 4, SCALES, 2, False, "avg", [2.0, 5.0, 224.0, 4.0], True, False
+            grad, [], boxes, sizes, [1] * 4, SCALES, 2, False, "avg", [2.0, 5.0, 224.0, 4.0, 0.0, 1e-6], True, False
         )
 
 

@@ -3,9 +3,11 @@
 Conventions are pydensecrf's: a compatibility that is a number is a Potts weight, a vector or a matrix are costs (a
 matrix is made symmetric); normalisation is symmetric by default; NO_NORMALIZATION multiplies by nothing; pixels of
 `DenseCRF2D` are in the order of image rows. Arrays of any real type, strides and, beyond their first axis, shape are
-taken, where pydensecrf insists on contiguous float32 and uint8; results are NumPy arrays. `addPairwiseGaussian` is an
-exact separable filter instead of a lattice, so marginals are a little nearer to those of the exact kernels than
-pydensecrf's. Kernel types only matter to learning, which pydensecrf does not offer in Python: all give the same result.
+taken, where pydensecrf insists on contiguous float32 and uint8; results are NumPy arrays. `addPairwiseGaussian` is a
+separable filter instead of a lattice, so marginals are a little nearer to those of the exact kernels than pydensecrf's,
+and with NO_NORMALIZATION its sums are 13% larger. Two labels or more; features have at most 8 dimensions, any number
+with accuracy="exact". Kernel types only matter to learning, which pydensecrf does not offer in Python: all give the
+same result.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pyseg.functional.dense_crf import dense_crf
+from pyseg.functional.dense_crf import dense_crf, finite_where
 from pyseg.functional.pairwise_kernels import Bound, CrfAccuracy, FeatureKernel, GaussianKernel, Normalization
 
 Array = npt.NDArray[np.float32]
@@ -113,10 +115,9 @@ class DenseCRF:
         """
         q = self._marginals(Q).double()
         unary = self._unary.double()
-        total = torch.special.xlogy(q, q.clamp_min(1e-20)) + unary * q
+        total = torch.special.xlogy(q, q.clamp_min(1e-20)) + q * finite_where(q, unary)
         for kernel in self._kernels:
-            message = q.to(kernel.compatibility.dtype)
-            total = total + q * kernel.energy(message).double()
+            total = total + q * kernel.energy(q).double()
         return float(total.sum())
 
     def map(self, niter: int) -> npt.NDArray[np.int64]:

@@ -178,7 +178,7 @@ def all_reduce(table: Tensor, group: Any) -> Tensor:
 class Table(NamedTuple):
     """Sums over the pixels that are not ignored, float64; N is 1 for statistics over the batch."""
 
-    sums: Tensor  # [N, C, 11], as torch.ops.pyseg.segmentation_statistics returns it
+    sums: Tensor  # [N, C, 11], the first result of torch.ops.pyseg.segmentation_statistics
     n: Tensor | None = None  # [N, C], pixels; where asked for
 
     @property
@@ -284,7 +284,8 @@ def statistics(
     """
     if group is not None and not batch:
         raise ValueError(f"{of.loss}: group needs batch=True, got batch=False")
-    sums: Tensor = torch.ops.pyseg.segmentation_statistics(
+    sums: Tensor
+    sums, _ = torch.ops.pyseg.segmentation_statistics(
         of.logits,
         of.target,
         pixel_weight,

@@ -32,10 +32,11 @@ from pyseg.functional.losses._common import (
 
 def _map(of: Problem, class_weight: Tensor | None = None, gamma: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     weight = None if class_weight is None else class_weight.to(of.wide)
-    result: Tensor = torch.ops.pyseg.pixel_cross_entropy(
+    loss: Tensor
+    loss, _ = torch.ops.pyseg.pixel_cross_entropy(
         of.logits, of.target, weight, of.activation, of.ignore_index, float(gamma), float(label_smoothing)
     )
-    return result
+    return loss
 
 
 def _reduce_map(of: Problem, loss: Tensor, reduction: str, total: Tensor, group: Any) -> Tensor:

@@ -1,0 +1,270 @@
+"""Eval mode of blocks built from convolutions, batch norms and ReLUs: each such group in one call of an operator.
+
+A block is described by its layers, read off its modules in every call, so that whatever is done to the modules shows;
+kept between calls are only values computed from their parameters.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyseg.functional.atrous_conv2d import atrous_conv2d
+from pyseg.nn._cache import Cached
+from pyseg.nn.atrous_conv2d import AtrousConv2d, batch_norm_affine, packed_weight
+
+
+class Layer(NamedTuple):
+    """A convolution and what follows it."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d | None = None
+    relu: bool = False
+
+
+def layers_of(*modules: nn.Module) -> list[Layer] | None:
+    """The layers of modules that run one behind the other; None if they are made of anything else.
+
+    Dropout is left out: it does nothing in eval mode.
+    """
+    layers: list[Layer] = []
+    for module in _flat(modules):
+        last = layers[-1] if layers else None
+        if isinstance(module, nn.Conv2d) and _is_plain_conv(module):
+            layers.append(Layer(module))
+        elif last is not None and not last.relu and last.bn is None and _is_plain_norm(module):
+            layers[-1] = last._replace(bn=module)  # type: ignore[arg-type]
+        elif last is not None and (type(module) is nn.ReLU or (_is_swapped(module) and isinstance(module, nn.ReLU))):
+            layers[-1] = last._replace(relu=True)
+        elif not isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
+            return None
+    return layers or None
+
+
+def _flat(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The leaves of nested Sequentials and of other libraries' separable convolutions, in the order they run in."""
+    for module in modules:
+        names = _ORDERS.get(type(module).__name__, ())
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            yield from _flat(module)
+        elif names and all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+            yield from _flat(getattr(module, name) for name in names)
+        elif _is_conv_module(module):
+            parts: Any = module
+            yield from _flat([parts.conv, *([parts.norm] if parts.with_norm else [])])
+            yield from [parts.activate] if parts.with_activation else []
+        else:
+            yield module
+
+
+# Composite convolutions by the class's name: the submodules in order. FastFCN; mmcv.
+_ORDERS = {
+    "SeparableConv2d": ("conv1", "bn", "pointwise"),
+    "DepthwiseSeparableConvModule": ("depthwise_conv", "pointwise_conv"),
+}
+
+
+def _is_conv_module(module: nn.Module) -> bool:
+    """mmcv's ConvModule, in its usual order and without its special paddings and norms."""
+    return (
+        type(module).__name__ == "ConvModule"
+        and getattr(module, "order", None) == ("conv", "norm", "act")
+        and not getattr(module, "with_explicit_padding", True)
+        and not getattr(module, "with_spectral_norm", True)
+    )
+
+
+def _is_swapped(module: nn.Module) -> bool:
+    """Whether pyseg.accelerate has changed its class: it still stands for what it was."""
+    return "_pyseg_swap" in module.__dict__
+
+
+def _is_plain_conv(conv: nn.Conv2d) -> bool:
+    kind = type(conv)
+    return (
+        (kind in (nn.Conv2d, AtrousConv2d) or _is_swapped(conv))
+        and "weight" in conv._parameters  # not computed by a parametrization
+        and "forward" not in conv.__dict__
+        and conv.padding_mode == "zeros"
+        and (kind is not AtrousConv2d or conv._folded is None)
+    )
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    plain = type(module) in kinds or (_is_swapped(module) and isinstance(module, nn.BatchNorm2d))
+    return plain and module.running_mean is not None and module.running_var is not None
+
+
+def has_hooks(module: nn.Module | None) -> bool:
+    """Whether someone looks at what goes in or out: then the module must see just that."""
+    return module is not None and bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def can_fold(block: nn.Module, *inputs: Tensor) -> bool:
+    """Whether a call may leave out the block's submodules: eval mode, no gradients, nobody who listens in."""
+    if block.training or any(m.training or has_hooks(m) for m in block.modules() if m is not block):
+        return False
+    tensors = (*inputs, *block.parameters())
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if not torch.compiler.is_compiling() and not _is_eager(*tensors):
+        return False
+    return all(x.dim() == 4 and x.numel() > 0 and x.is_floating_point() for x in inputs)
+
+
+def _is_eager(*tensors: Tensor) -> bool:
+    """Plain tensors outside torch.fx, torch.jit and torch.func, which do not know writing into `out`."""
+    if torch.fx._symbolic_trace.is_fx_symbolic_tracing() or torch._C._is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+def result_dtype(input: Tensor) -> torch.dtype:
+    """What a convolution makes of `input`: autocast's dtype where that is on."""
+    device = input.device.type
+    if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
+class FoldedLayer:
+    """Runs one layer of a block; keeps its packed weight, and its batch norm as scale and shift.
+
+    With `channels` it is the part of the layer that reads these input channels. Copies and pickles start empty.
+    """
+
+    def __init__(self, channels: slice | None = None, exact: bool = False) -> None:
+        self._channels = channels
+        self._exact = exact
+        self._affine, self._part, self._packed = Cached(), Cached(), Cached()
+
+    def affine(self, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
+        """The batch norm as scale and shift of each channel."""
+        if layer.bn is None:
+            return None, None
+        return batch_norm_affine(layer.bn, layer.conv.weight.dtype, self._affine)
+
+    def __call__(
+        self,
+        layer: Layer,
+        input: Tensor,
+        *,
+        linear: bool = False,
+        relu: bool = True,
+        extra_shift: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """relu?(scale * (conv(input) + bias) + shift + extra_shift); `linear`: without bias, shift and ReLU."""
+        conv = layer.conv
+        weight, bias, groups = conv.weight, conv.bias, conv.groups
+        scale, shift = self.affine(layer)
+        if self._channels is not None:
+            part = self._channels
+            if groups == 1:
+                whole, key = weight, (part.start, part.stop)
+                weight = self._part.get((whole,), key, lambda: whole[:, part].contiguous())
+            else:
+                weight = weight[part]
+                groups = weight.shape[0]
+                bias, scale, shift = (None if vector is None else vector[part] for vector in (bias, scale, shift))
+        if linear:
+            bias = shift = None
+        elif extra_shift is not None:
+            shift = extra_shift if shift is None else shift + extra_shift
+        return atrous_conv2d(
+            input,
+            weight,
+            bias,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            groups,
+            scale=scale,
+            shift=shift,
+            relu=layer.relu and relu and not linear,
+            exact=self._exact,
+            packed=packed_weight(conv, weight, self._packed),
+            out=out,
+        )
+
+
+class BlockFusion:
+    """Runs a block from its layers; keeps what they make of their parameters. Copies and pickles start empty."""
+
+    def __init__(self, exact: bool = False) -> None:
+        self._exact = exact
+        self.clear()
+
+    def __reduce__(self) -> tuple[type["BlockFusion"], tuple[bool]]:
+        return type(self), (self._exact,)
+
+    def clear(self) -> None:
+        self._folded: dict[str, FoldedLayer] = {}
+
+    def _may_fold(self, block: nn.Module, *inputs: Tensor) -> bool:
+        """can_fold; where not, forgets all: a training step may follow, and on CUDA not all of them leave traces."""
+        possible = can_fold(block, *inputs)
+        if not possible and not torch.compiler.is_compiling():
+            self.clear()
+        return possible
+
+    def _layer(self, name: str, channels: slice | None = None) -> FoldedLayer:
+        """The runner of one layer, under a name of its own; graphs keep nothing."""
+        if torch.compiler.is_compiling():
+            return FoldedLayer(channels, self._exact)
+        if name not in self._folded:
+            self._folded[name] = FoldedLayer(channels, self._exact)
+        return self._folded[name]
+
+    def _side_by_side(
+        self,
+        chains: list[list[Layer]],
+        inputs: Iterator[Tensor],
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> Tensor:
+        """The results of all chains of layers, each from its own input, as one tensor that they write into."""
+        if torch.compiler.is_compiling():  # in graphs a concatenation, and memory, is left to the compiler
+            return torch.cat([self._chain(i, layers, next(inputs)) for i, layers in enumerate(chains)], 1)
+        widths = [layers[-1].conv.out_channels for layers in chains]
+        parts: tuple[Tensor, ...] = ()
+        between: dict[tuple[int, int], Tensor] = {}
+        for index, layers in enumerate(chains):
+            x = next(inputs)
+            if not parts:
+                shape = (x.shape[0], sum(widths), *x.shape[2:])
+                whole = torch.empty(shape, dtype=result_dtype(x), device=x.device, memory_format=memory_format)
+                parts = torch.split(whole, widths, 1)
+            self._chain(index, layers, x, between, parts[index])
+            del x  # before the next input is made, which can then lie in the same memory
+        return whole
+
+    def _chain(
+        self,
+        index: int,
+        layers: list[Layer],
+        x: Tensor,
+        between: dict[tuple[int, int], Tensor] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Layers one behind the other, the last one into `out`.
+
+        What lies between two of them is written into `between`, over what an earlier branch has left there: fresh
+        memory costs as much time as a depthwise layer.
+        """
+        *first, last = layers
+        for depth, layer in enumerate(first):
+            key = (depth, layer.conv.out_channels)
+            x = self._layer(f"branch {index} {depth}")(layer, x, out=None if between is None else between.get(key))
+            if between is not None:
+                between[key] = x
+        return self._layer(f"branch {index} {len(first)}")(last, x, out=out)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
