@@ -42,6 +42,17 @@ __global__ void __launch_bounds__(kTapThreads) upsample_taps(const __grid_consta
   table.taps[i] = {tap.low, tap.high, A(tap.weight)};
 }
 
+// In one load of 16 bytes.
+template <typename A>
+__device__ __forceinline__ CudaTap<A> load_tap(const void* taps, int64_t i) {
+  const uint4 bits = __ldg(static_cast<const uint4*>(taps) + i);
+  if constexpr (sizeof(A) == 8) {
+    return {int32_t(bits.x), int32_t(bits.y), __hiloint2double(int(bits.w), int(bits.z))};
+  } else {
+    return {int32_t(bits.x), int32_t(bits.y), __uint_as_float(bits.z)};
+  }
+}
+
 // kVec elements side by side.
 template <int kVec, typename T, typename A>
 __device__ __forceinline__ void load_elements(const T* from, A (&to)[kVec]) {
@@ -61,7 +72,7 @@ __device__ __forceinline__ void store_elements(const A (&from)[kVec], T* to) {
     alignas(kVectorBytes) T values[kVec];
 #pragma unroll
     for (int v = 0; v < kVec; ++v) values[v] = narrow<T>(from[v]);
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
+    __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(values));  // a plain store would be split
   } else {
 #pragma unroll
     for (int v = 0; v < kVec; ++v) to[v] = narrow<T>(from[v]);
@@ -71,8 +82,8 @@ __device__ __forceinline__ void store_elements(const A (&from)[kVec], T* to) {
 // Grid: blocks of an image's row of columns x channels as they lie in memory, strips of rows, images, one after the
 // other.
 struct GridShape {
-  int inner, items;  // columns or vectors of channels, whichever is innermost; all of a row
-  int64_t blocks, strips;
+  unsigned inner, items;  // columns or vectors of channels, whichever is innermost; all of a row
+  unsigned blocks, strips;
 };
 struct GridPlace {
   int column, vector;
@@ -81,23 +92,23 @@ struct GridPlace {
 };
 template <bool kLast>
 __device__ __forceinline__ GridPlace place_in(const GridShape& shape) {
-  int64_t rest = blockIdx.x;
-  const int item = int(rest % shape.blocks) * kThreadsOfBlock + int(threadIdx.x);
+  unsigned rest = blockIdx.x;
+  const unsigned item = rest % shape.blocks * kThreadsOfBlock + threadIdx.x;
   rest /= shape.blocks;
-  const int outer = item / shape.inner, inner = item % shape.inner;
-  return {kLast ? outer : inner, kLast ? inner : outer, rest % shape.strips, rest / shape.strips, item < shape.items};
+  const unsigned outer = item / shape.inner, inner = item % shape.inner;
+  return {int(kLast ? outer : inner), int(kLast ? inner : outer), rest % shape.strips, rest / shape.strips,
+          item < shape.items};
 }
 
 template <typename T, bool kLast, int kVec>
-__global__ void __launch_bounds__(kThreadsOfBlock)
+__global__ void __launch_bounds__(kThreadsOfBlock, 8)
     upsample_forward(const __grid_constant__ CudaMap map, GridShape shape, int64_t channels, int64_t height,
                      int64_t width, T* output /* [N, C, H, W] */) {
   using A = Accumulator<T>;
   const GridPlace at = place_in<kLast>(shape);
   if (!at.inside) return;
   const int64_t x = at.column, c = int64_t(at.vector) * kVec;
-  const auto* rows = static_cast<const CudaTap<A>*>(map.rows);
-  const CudaTap<A> column = static_cast<const CudaTap<A>*>(map.columns)[x];
+  const CudaTap<A> column = load_tap<A>(map.columns, x);
   const T* const from = static_cast<const T*>(map.input) + at.image * map.image_stride + c * map.channel_stride;
   const int64_t pixel = kLast ? channels : 1, channel = map.first_channel + c;
   T* const to = output + at.image * channels * height * width + (kLast ? channel : channel * height * width);
@@ -116,7 +127,7 @@ __global__ void __launch_bounds__(kThreadsOfBlock)
   A low[kVec], high[kVec];
   int low_row = -1, high_row = -1;
   for (int64_t y = begin; y < end; ++y) {
-    const CudaTap<A> row = rows[y];
+    const CudaTap<A> row = load_tap<A>(map.rows, y);
     if (row.low != low_row) {
       if (row.low == high_row) {
 #pragma unroll
@@ -149,14 +160,14 @@ struct Readers {
 __device__ __forceinline__ Readers readers_of(const Axis& axis, int64_t i) {
   if (is_copied(axis)) return {i, i};
   Readers readers{0, axis.out - 1};
-  if (axis.scale <= 0) return readers;
+  if (axis.inverse == 0) return readers;
   const double half = axis.align ? 0 : 0.5;
   if (i > 0) {
-    const double first = floor((double(i - 1) + half) / axis.scale - half) - 1;
+    const double first = floor((double(i - 1) + half) * axis.inverse - half) - 1;
     if (first > 0) readers.first = first < double(axis.out) ? int64_t(first) : axis.out;
   }
   if (i + 1 < axis.in) {
-    const double last = ceil((double(i + 1) + half) / axis.scale - half) + 1;
+    const double last = ceil((double(i + 1) + half) * axis.inverse - half) + 1;
     if (last < double(axis.out - 1)) readers.last = int64_t(last);
   }
   return readers;
@@ -164,15 +175,13 @@ __device__ __forceinline__ Readers readers_of(const Axis& axis, int64_t i) {
 
 // S: of the gradient, whose channels from first_channel on are the map's.
 template <typename T, typename S, bool kLast, int kVec>
-__global__ void __launch_bounds__(kThreadsOfBlock)
+__global__ void __launch_bounds__(kThreadsOfBlock, 8)
     upsample_gather(const __grid_constant__ CudaMap map, GridShape shape, const S* grad /* [N, C, H, W] */,
                     int64_t grad_channels, int64_t first_channel, int64_t height, int64_t width) {
   using A = Accumulator<T>;
   const GridPlace at = place_in<kLast>(shape);
   if (!at.inside) return;
   const int64_t j = at.column, c = int64_t(at.vector) * kVec, i = at.strip;
-  const auto* rows = static_cast<const CudaTap<A>*>(map.rows);
-  const auto* columns = static_cast<const CudaTap<A>*>(map.columns);
   const int64_t pixel = kLast ? grad_channels : 1, channel = first_channel + c;
   const S* const from = grad + at.image * grad_channels * height * width + (kLast ? channel : channel * height * width);
   const Readers y_readers = readers_of(map.row_axis, i), x_readers = readers_of(map.column_axis, j);
@@ -185,9 +194,9 @@ __global__ void __launch_bounds__(kThreadsOfBlock)
     A weight[kReaders];
 #pragma unroll
     for (int k = 0; k < kReaders; ++k)
-      weight[k] = first + k <= x_readers.last ? weight_of(columns[first + k], j) : A(0);
+      weight[k] = first + k <= x_readers.last ? weight_of(load_tap<A>(map.columns, first + k), j) : A(0);
     for (int64_t y = y_readers.first; y <= y_readers.last; ++y) {
-      const A row_weight = weight_of(rows[y], i);
+      const A row_weight = weight_of(load_tap<A>(map.rows, y), i);
       if (row_weight == A(0)) continue;
       A part[kVec] = {};
 #pragma unroll

@@ -46,19 +46,19 @@ inline __host__ __device__ int64_t tiles_of(int64_t size, int tile) { return (si
 
 // Grid: tiles along x (or 1), along y, blocks of channels, images, one after the other.
 template <typename T, bool kLast>
-__device__ __forceinline__ Tile<T, kLast> tile_of(const CudaDepthwiseArgs& d, int64_t tiles_x) {
+__device__ __forceinline__ Tile<T, kLast> tile_of(const CudaDepthwiseArgs& d, unsigned tiles_x) {
   using Tiles = Tile<T, kLast>;
   const CudaUpsampleArgs& a = d.upsample;
   Tiles t;
-  int64_t rest = blockIdx.x;
+  unsigned rest = blockIdx.x;
   t.x = int(rest % tiles_x) * Tiles::kW;
   rest /= tiles_x;
   t.tile_rows = tiles_of(a.height, Tiles::kH);
-  t.tile_row = rest % t.tile_rows;
+  t.tile_row = rest % unsigned(t.tile_rows);
   t.y = int(t.tile_row) * Tiles::kH;
-  rest /= t.tile_rows;
-  int64_t block = rest % d.blocks;
-  t.image = rest / d.blocks;
+  rest /= unsigned(t.tile_rows);
+  const int64_t block = rest % unsigned(d.blocks);
+  t.image = rest / unsigned(d.blocks);
   t.number = 0;
   while (t.number + 1 < a.maps && block >= a.map[t.number + 1].first_block) ++t.number;
   t.map = &a.map[t.number];
@@ -69,7 +69,7 @@ __device__ __forceinline__ Tile<T, kLast> tile_of(const CudaDepthwiseArgs& d, in
 // u at (y, x) of the output, of the channel that `from` points to.
 template <typename T, typename A>
 __device__ __forceinline__ A interpolated(const CudaMap& map, const T* from, const CudaTap<A>& row, int x) {
-  const CudaTap<A> column = static_cast<const CudaTap<A>*>(map.columns)[x];
+  const CudaTap<A> column = load_tap<A>(map.columns, x);
   const auto source = [&](int64_t i) {
     const T* const p = from + i * map.row_stride;
     const A low = widen(__ldg(p + column.low * map.column_stride));
@@ -158,12 +158,11 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2)
   using Tiles = Tile<T, kLast>;
   extern __shared__ __align__(16) unsigned char memory[];
   const CudaUpsampleArgs& a = d.upsample;
-  const Tiles t = tile_of<T, kLast>(d, tiles_of(a.width, Tiles::kW));
+  const Tiles t = tile_of<T, kLast>(d, unsigned(tiles_of(a.width, Tiles::kW)));
   const int64_t c = t.c0 + threadIdx.x % Tiles::kChannels, channel = t.map->first_channel + c;
   const bool own = c < t.map->channels;
   const T* const from = own ? channel_of<T>(*t.map, t.image, c) : nullptr;
-  const auto* rows = static_cast<const CudaTap<A>*>(t.map->rows);
-  const auto value = [&](int y, int x) { return interpolated<T, A>(*t.map, from, rows[y], x); };
+  const auto value = [&](int y, int x) { return interpolated<T, A>(*t.map, from, load_tap<A>(t.map->rows, y), x); };
 
   // 1. The interpolated maps.
   const TileValues<T, kLast, kShared, decltype(value)> u(t, a, d.row_reach, d.column_reach,
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2)
   using Tiles = Tile<T, kLast>;
   extern __shared__ __align__(16) unsigned char memory[];
   const CudaUpsampleArgs& a = d.upsample;
-  const Tiles t = tile_of<T, kLast>(d, tiles_of(a.width, Tiles::kW));
+  const Tiles t = tile_of<T, kLast>(d, unsigned(tiles_of(a.width, Tiles::kW)));
   const CudaMap& map = *t.map;
   const int64_t c = t.c0 + threadIdx.x % Tiles::kChannels, channel = map.first_channel + c;
   const bool own = c < map.channels;
@@ -271,8 +270,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2)
   const int64_t c = t.c0 + threadIdx.x % Tiles::kChannels, channel = t.map->first_channel + c;
   const bool own = c < t.map->channels;
   const T* const from = own ? channel_of<T>(*t.map, t.image, c) : nullptr;
-  const auto* rows = static_cast<const CudaTap<A>*>(t.map->rows);
-  const auto value = [&](int y, int x) { return interpolated<T, A>(*t.map, from, rows[y], x); };
+  const auto value = [&](int y, int x) { return interpolated<T, A>(*t.map, from, load_tap<A>(t.map->rows, y), x); };
   if (thread < kSums)
     for (int r = 0; r < d.rates; ++r) (&totals[r][0][0])[thread] = A(0);
 

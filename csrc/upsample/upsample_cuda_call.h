@@ -96,9 +96,12 @@ class CudaCall {
     const int64_t channels = (map.channels + vector - 1) / vector, items = channels * width;
     PYSEG_CHECK(items <= INT32_MAX - kThreadsOfBlock, op_, ": inputs must have fewer than 2^31 columns x channels on ",
                 "CUDA devices, got ", items);
-    return {int(last ? channels : width), int(items), (items + kThreadsOfBlock - 1) / kThreadsOfBlock, strips};
+    const int64_t blocks = (items + kThreadsOfBlock - 1) / kThreadsOfBlock;
+    return {unsigned(last ? channels : width), unsigned(items), unsigned(blocks), unsigned(strips)};
   }
-  unsigned blocks_of(const GridShape& shape) const { return grid_size(op_, shape.blocks * shape.strips * args.images); }
+  unsigned blocks_of(const GridShape& shape) const {
+    return grid_size(op_, int64_t{shape.blocks} * shape.strips * args.images);
+  }
 
   // The gradient of map l from one of its interpolation, [N, grad_channels, H, W].
   template <typename T, typename S>

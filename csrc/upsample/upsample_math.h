@@ -17,8 +17,9 @@ constexpr int kMostRates = 16;  // filters of upsample_concat_depthwise
 // One axis of a map and of the output.
 struct Axis {
   int64_t in, out;
-  double scale;  // elements of the map from one element of the output to the next
-  bool align;    // the centres of the first elements coincide, and of the last; otherwise the maps' borders do
+  double scale;    // elements of the map from one element of the output to the next
+  double inverse;  // or 0
+  bool align;      // the centres of the first elements coincide, and of the last; otherwise the maps' borders do
 };
 
 // Element i of the output is (1 - weight) * x[low] + weight * x[high].
@@ -35,7 +36,7 @@ PYSEG_UPSAMPLE_INLINE Axis axis_of(int64_t in, int64_t out, bool align, double f
   } else {
     scale = factor > 0 ? 1 / factor : double(in) / double(out);
   }
-  return {in, out, scale, align};
+  return {in, out, scale, scale > 0 ? 1 / scale : 0, align};
 }
 
 // An axis that keeps its size is copied, whatever the factor was.
