@@ -43,5 +43,4 @@ def register_vmap(op: Any, rule: Callable[..., tuple[Any, Any]]) -> None:
         batched = [torch._add_batch_dim(each, d, level) for each, d in zip(results, out_dims, strict=True)]
         return tree_unflatten(batched, spec)
 
-    if hasattr(torch._C.DispatchKey, "Batched"):  # torch may drop it some day
-        _LIBRARY.impl(op.name().removeprefix("pyseg::"), call, "Batched")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(op.name().removeprefix("pyseg::"), call, "Batched")  # type: ignore[no-untyped-call]
