@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -462,24 +461,6 @@ def test_errors(device, call, message):
 
 
 # ---- what the CUDA kernels do ----
-
-
-@pytest.mark.cuda_only
-def test_cuda_threads_that_need_unequal_shared_memory(device):
-    """The leave for more than 48 KB belongs to the kernel: one thread must not take it from another."""
-    masks = [torch.ones(rows, 2, dtype=torch.bool) for rows in (2000, 3000)]
-    for mask in masks:
-        mask[0, 0] = False
-    expected = [scipy_distances(mask) for mask in masks]
-
-    def run(i):
-        mask = masks[i % 2].to(device)
-        return [distance_transform(mask).cpu() for _ in range(12)]
-
-    with ThreadPoolExecutor(4) as threads:
-        for i, results in enumerate(threads.map(run, range(4))):
-            for got in results:
-                assert_near(got, expected[i % 2])
 
 
 @pytest.mark.cuda_only
