@@ -353,24 +353,39 @@ def test_roi_align(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("operator", ["roi_align", "atrous_conv2d"])
+@pytest.mark.parametrize(
+    "operator",
+    ["roi_align", "atrous_conv2d", "1x1", "bilinear_upsample", "upsample_concat", "upsample_concat_depthwise"],
+)
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_number_of_images_that_is_data(operator, backend):
     """channels_last stays channels_last: inductor refuses outputs whose strides are not those that were promised."""
 
-    def function(x, keep, other):
+    def applied(x, keep, other):
         rows = x[keep.nonzero()[:, 0]].contiguous(memory_format=torch.channels_last)
         if operator == "roi_align":
             return pyseg.functional.roi_align(rows, other, 3)
+        if operator == "bilinear_upsample":
+            return pyseg.functional.bilinear_upsample(rows, (13, 11))
+        if operator == "upsample_concat":
+            return pyseg.functional.upsample_concat([rows, rows[:, :3, ::2]], (13, 11))
+        if operator == "upsample_concat_depthwise":
+            return pyseg.functional.upsample_concat_depthwise([rows], other, (1, 2)).flatten(0, 1)
+        if operator == "1x1":
+            return atrous_conv2d(rows, other, stride=2)
         return atrous_conv2d(rows, other, padding=1)
+
+    def function(*arguments):
+        return applied(*arguments) + 1  # strides are checked where something reads them
 
     fast = compiled(function, backend)
     x = next(images("cpu", (4, 8, 9))).contiguous(memory_format=torch.channels_last)
     for keep in ([True, False, True, True], [False, True, False, False]):
         index = torch.arange(sum(keep))[:, None]
         other = torch.cat([index, torch.tensor([[1.0, 2, 5, 6]]).expand(len(index), 4)], 1)
-        if operator == "atrous_conv2d":
-            other = torch.ones(6, 5, 3, 3)
+        if operator != "roi_align":
+            shapes = {"1x1": (6, 5, 1, 1), "upsample_concat_depthwise": (2, 5, 3, 3)}
+            other = torch.ones(shapes.get(operator, (6, 5, 3, 3)))
         got, expected = (f(x, torch.tensor(keep), other) for f in (fast, function))
         torch.testing.assert_close(got, expected)
         assert got.stride() == expected.stride()

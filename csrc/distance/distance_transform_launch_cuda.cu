@@ -22,13 +22,13 @@ cudaError_t by_arithmetic(Arithmetic arithmetic, Launch launch) {
 }
 
 template <typename T, int kColumns, bool kShared>
-cudaError_t launch_tiles(const AxisPass& args, int64_t shared_bytes, cudaStream_t stream) {
+cudaError_t launch_tiles(const AxisPass& args, int64_t shared_bytes, int64_t most_shared, cudaStream_t stream) {
   const int64_t blocks = args.outer * ceil_div(args.columns, kColumns);
   if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
   auto kernel = distance_along_axis<T, kColumns, kShared>;
-  if (shared_bytes > kStaticShared) {
+  if (shared_bytes > kStaticShared) {  // always the most: another thread may launch between this and the launch below
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared));
     if (error != cudaSuccess) return error;
   }
   kernel<<<static_cast<unsigned>(blocks), kAxisThreads, static_cast<size_t>(shared_bytes), stream>>>(args);
@@ -68,9 +68,9 @@ cudaError_t launch_axis_pass(const AxisPass& args, Arithmetic arithmetic, cudaSt
     using T = decltype(t);
     constexpr int kWide = 32, kNarrow = 8;  // a sector of 32 bytes at the least
     const int64_t line = args.rows * static_cast<int64_t>(sizeof(T) + (args.edges ? 1 : 0));
-    if (line * kWide <= kStaticShared) return launch_tiles<T, kWide, true>(args, line * kWide, stream);
-    if (line * kNarrow <= most_shared) return launch_tiles<T, kNarrow, true>(args, line * kNarrow, stream);
-    return launch_tiles<T, kWide, false>(args, 0, stream);
+    if (line * kWide <= kStaticShared) return launch_tiles<T, kWide, true>(args, line * kWide, most_shared, stream);
+    if (line * kNarrow <= most_shared) return launch_tiles<T, kNarrow, true>(args, line * kNarrow, most_shared, stream);
+    return launch_tiles<T, kWide, false>(args, 0, most_shared, stream);
   });
 }
 

@@ -165,7 +165,7 @@ class RowInterpolator {
       for (int64_t x = 0; x < a_.width; ++x) {
         const upsample::Tap& tap = map_->columns[x];
         const A w = A(tap.weight);
-        slot[x] = (A(1) - w) * source.data[tap.low] + w * source.data[tap.high];
+        slot[x] = (A(1) - w) * source.data[tap.low * source.step] + w * source.data[tap.high * source.step];
       }
     } else {
       for (int64_t x = 0; x < a_.width; ++x) {

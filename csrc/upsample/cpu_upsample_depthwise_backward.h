@@ -15,24 +15,33 @@ namespace PYSEG_TARGET {
 namespace {
 
 // sums[t] += products of a row of gradients with what tap t reads, sums[9] += the row. Vectors of channels, or of pixels,
-// whose sums are then spread over lanes.
+// whose sums are then spread over lanes. `rest`: pixels of a last vector, of which the other lanes are left out: they
+// hold zeros in the gradients, but maybe infinity in what taps of other pixels read.
 template <typename A>
 __attribute__((noinline)) void add_products(const A* grad, const TapRows<A>& from, int64_t offset, int64_t vectors,
-                                            int64_t step, A* sums, int64_t sums_step) {
+                                            int64_t step, int64_t rest, A* sums, int64_t sums_step) {
   Vec<A> s[kTaps + 1] = {};
   const A *top = from.top, *middle = from.middle, *bottom = from.bottom;
-  for (int64_t i = 0; i < vectors; ++i, grad += step, top += step, middle += step, bottom += step) {
+  const auto add = [&](const auto& read) __attribute__((always_inline)) {
     const Vec<A> g = load(grad);
-    s[0] += g * load(top - offset);
-    s[1] += g * load(top);
-    s[2] += g * load(top + offset);
-    s[3] += g * load(middle - offset);
-    s[4] += g * load(middle);
-    s[5] += g * load(middle + offset);
-    s[6] += g * load(bottom - offset);
-    s[7] += g * load(bottom);
-    s[8] += g * load(bottom + offset);
+    s[0] += g * read(top - offset);
+    s[1] += g * read(top);
+    s[2] += g * read(top + offset);
+    s[3] += g * read(middle - offset);
+    s[4] += g * read(middle);
+    s[5] += g * read(middle + offset);
+    s[6] += g * read(bottom - offset);
+    s[7] += g * read(bottom);
+    s[8] += g * read(bottom + offset);
     s[9] += g;
+  };
+  for (int64_t i = 0; i < vectors; ++i, grad += step, top += step, middle += step, bottom += step)
+    add([](const A* p) { return load(p); });
+  if (rest > 0) {
+    Vec<A> lane;
+    for (int i = 0; i < kLanes<A>; ++i) lane[i] = A(i);
+    const auto kept = lane < broadcast(A(rest));
+    add([&](const A* p) { return kept ? load(p) : Vec<A>{}; });
   }
 #pragma GCC unroll 10
   for (int t = 0; t <= kTaps; ++t) store(sums + t * sums_step, load(sums + t * sums_step) + s[t]);
@@ -157,11 +166,11 @@ class UpsampleDepthwiseBackward {
     const int64_t dilation = FilterReach::columns_of(d_, r);
     A* const sums = w.sums + r * (kTaps + 1) * lanes_;
     if (block_ == 1) {  // the margin behind a row is zero
-      add_products(grad, rows, dilation, (a_.width + kLanes<A> - 1) / kLanes<A>, kLanes<A>, sums, lanes_);
+      add_products(grad, rows, dilation, a_.width / kLanes<A>, kLanes<A>, a_.width % kLanes<A>, sums, lanes_);
       return;
     }
     for (int64_t c = 0; c < block_; c += kLanes<A>)
-      add_products(grad + c, {rows.top + c, rows.middle + c, rows.bottom + c}, dilation * block_, a_.width, block_,
+      add_products(grad + c, {rows.top + c, rows.middle + c, rows.bottom + c}, dilation * block_, a_.width, block_, 0,
                    sums + c, lanes_);
   }
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from pyseg import _loader  # noqa: F401  registers the kernels
+from pyseg._ops.batched import register_vmap
+from pyseg._ops.memory_format import is_channels_last
 from pyseg._ops.segmentation_statistics import FLOATS, check, check_shape
 
 _LIBRARY = torch.library.Library("pyseg", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -29,7 +30,7 @@ _BACKWARD = torch.ops.pyseg._upsample_concat_backward.default
 
 
 def is_last(*tensors: Tensor) -> bool:
-    return any(suggest_memory_format(tensor) == torch.channels_last for tensor in tensors)
+    return any(is_channels_last(tensor) for tensor in tensors)
 
 
 def new_map(like: Tensor, shape: list[Any], last: bool) -> Tensor:
@@ -184,6 +185,6 @@ def _vmap_backward(
     return [each.unflatten(0, images.shape[:2]) for each in grads], [0] * len(grads)
 
 
-torch.library.register_vmap(_BILINEAR, _vmap_bilinear)
-torch.library.register_vmap(_CONCAT, _vmap_concat)
-torch.library.register_vmap(_BACKWARD, _vmap_backward)
+register_vmap(_BILINEAR, _vmap_bilinear)
+register_vmap(_CONCAT, _vmap_concat)
+register_vmap(_BACKWARD, _vmap_backward)

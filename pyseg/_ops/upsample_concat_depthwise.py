@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyseg._ops.batched import register_vmap
 from pyseg._ops.segmentation_statistics import check, check_shape
 from pyseg._ops.upsample import batched_maps, check_inputs, check_size, is_last, new_map
 
@@ -194,22 +195,44 @@ _register_autocast("cuda", "AutocastCUDA")
 # ---- vmap ----
 
 
+def _sample(tensor: Any, dim: int | None, index: int) -> Any:
+    return tensor if dim is None else tensor.select(dim, index)
+
+
+def _samples(tensors: list[Tensor], dims: list[int | None], index: int) -> list[Tensor]:
+    return [_sample(tensor, dim, index) for tensor, dim in zip(tensors, dims, strict=True)]
+
+
 def _vmap_forward(
     info: Any, in_dims: tuple[Any, ...], inputs: list[Tensor], weight: Tensor, scale: Any, shift: Any, *rest: Any
 ) -> tuple[Tensor, int]:
-    batch, parameters, dims = info.batch_size, (weight, scale, shift), in_dims[1:4]
+    batch, parameters, dims = info.batch_size, [weight, scale, shift], list(in_dims[1:4])
     if all(dim is None for dim in dims):  # only the images differ: those of all samples are one batch
         output = _FORWARD(batched_maps(batch, in_dims[0], inputs), *parameters, *rest)
         return output.unflatten(1, (batch, -1)), 1
-
-    def sample(tensor: Any, dim: int | None, index: int) -> Any:
-        return tensor if dim is None else tensor.select(dim, index)
-
-    outputs = []
-    for i in range(batch):
-        maps = [sample(m, d, i) for m, d in zip(inputs, in_dims[0], strict=True)]
-        outputs.append(_FORWARD(maps, *[sample(p, d, i) for p, d in zip(parameters, dims, strict=True)], *rest))
+    outputs = [_FORWARD(_samples(inputs, in_dims[0], i), *_samples(parameters, dims, i), *rest) for i in range(batch)]
     return torch.stack(outputs), 0
 
 
-torch.library.register_vmap(_FORWARD, _vmap_forward)
+def _vmap_backward(
+    info: Any, in_dims: tuple[Any, ...], grad: Tensor, inputs: list[Tensor], weight: Tensor, *rest: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """One call for each sample: each has sums over images of its own."""
+    grads, of_weight, of_shift = zip(
+        *[
+            _BACKWARD(
+                _sample(grad, in_dims[0], i),
+                _samples(inputs, in_dims[1], i),
+                _sample(weight, in_dims[2], i),
+                *rest,
+            )
+            for i in range(info.batch_size)
+        ],
+        strict=True,
+    )
+    of_maps = [torch.stack(each) for each in zip(*grads, strict=True)]
+    return (of_maps, torch.stack(of_weight), torch.stack(of_shift)), ([0] * len(of_maps), 0, 0)
+
+
+register_vmap(_FORWARD, _vmap_forward)
+register_vmap(_BACKWARD, _vmap_backward)

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from pyseg._ops import atrous_conv2d as _op
+from pyseg._ops.memory_format import is_channels_last
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 Pair = int | tuple[int, ...]
@@ -145,7 +145,7 @@ def _every(stride: tuple[int, int], input: Tensor) -> Tensor:
     if height == 1 and width == 1:
         return input
     thinned = input[..., :: stride[0], :: stride[1]]
-    return thinned.contiguous(memory_format=suggest_memory_format(input))
+    return thinned.contiguous(memory_format=torch.channels_last if is_channels_last(input) else torch.contiguous_format)
 
 
 def _pair(name: str, value: Pair) -> tuple[int, int]:

@@ -60,6 +60,34 @@ def test_dtypes_and_layouts(device, dtype, layout):
         assert_near(got[1], expected[1], terms=64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_channel_of_channels_last(device, dtype):
+    """Pixels of one element with gaps between: a slice of channels, alone and beside another; all derivatives."""
+    wide, other = make_pyramid([(3, 4, 4), (3, 6, 6)], dtype, "channels_last", device=device)
+    slices = [wide[:, 1:2].detach().requires_grad_(), other[:, 2:, ::2, ::2].detach().requires_grad_()]
+    for function, oracle in (
+        (lambda a, b: bilinear_upsample(a, (7, 9)), lambda a, b: reference.bilinear_upsample(a, (7, 9))),
+        (lambda a, b: upsample_concat([a, b], (7, 9)), lambda a, b: reference.upsample_concat([a, b], (7, 9), True)),
+        (lambda a, b: upsample_concat([a, b], (4, 9)), lambda a, b: reference.upsample_concat([a, b], (4, 9), True)),
+        (lambda a, b: upsample_concat([a, b], (9, 4)), lambda a, b: reference.upsample_concat([a, b], (9, 4), True)),
+    ):
+        y, expected = function(*slices), oracle(*(ours := doubles(slices)))
+        assert_near(y, expected)
+        if dtype in (FLOAT, DOUBLE):
+            grads, wanted = (
+                torch.autograd.grad(z.sin().sum(), at, create_graph=True, allow_unused=True)
+                for z, at in ((y, slices), (expected, ours))
+            )
+            seconds, wanted_seconds = (
+                torch.autograd.grad(sum(g.cos().sum() for g in each if g is not None), at, allow_unused=True)
+                for each, at in ((grads, slices), (wanted, ours))
+            )
+            for got, want in zip((*grads, *seconds), (*wanted, *wanted_seconds), strict=True):
+                assert (got is None) == (want is None)
+                if got is not None:
+                    assert_near(got, want, terms=900)
+
+
 @pytest.mark.parametrize("factor", [2, 1.7, 0.6, (1.3, 3), (1.2, 1.0), 1.1])
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_scale_factor(device, factor, align_corners):
@@ -262,6 +290,24 @@ def test_vmap(device):
 
     got = torch.vmap(total)(vectors)
     assert torch.equal(got, torch.stack([total(vector) for vector in vectors]))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_batched_gradients(device, layout):
+    """Many gradients in one call, and the derivatives of such."""
+    x, y = (m.requires_grad_() for m in make_pyramid([(2, 4, 3), (1, 2, 2)], DOUBLE, layout, device=device))
+    assert torch.autograd.gradcheck(lambda x: bilinear_upsample(x, 5), x, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: bilinear_upsample(x, 5).square(), x, check_batched_grad=True)
+    concat = lambda x, y: upsample_concat([x, y], (5, 3)).square()  # noqa: E731
+    assert torch.autograd.gradcheck(concat, (x, y), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(concat, (x, y), check_batched_grad=True)
+
+
+def test_jacobian(device):
+    x = make_map((1, 2, 4, 3), DOUBLE).to(device)
+    function = lambda x: bilinear_upsample(x, 5).square()  # noqa: E731
+    got, each = (torch.autograd.functional.jacobian(function, x, vectorize=batched) for batched in (True, False))
+    torch.testing.assert_close(got, each)
 
 
 def test_autocast(device):

@@ -163,6 +163,26 @@ def test_values_that_are_not_finite(device):
         assert y[0, 0, 3].isnan().nonzero().tolist() == [[i, j] for i in (2, 4, 6) for j in (2, 4, 6)]
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("width", [5, 13, 32])
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE, torch.bfloat16], ids=str)
+def test_infinity_in_the_gradient_of_weights(device, dtype, width, layout):
+    """It reaches the taps that read it, and nothing else."""
+    for column in (0, 1, width - 2, width - 1):
+        x = torch.ones(1, 20, 6, width, dtype=dtype)
+        x[:, 3, 4, column] = float("inf")
+        if layout == "channels_last":
+            x = x.contiguous(memory_format=torch.channels_last)
+        weight = torch.ones(2, 20, 3, 3, dtype=dtype, device=device, requires_grad=True)
+        y = upsample_concat_depthwise([x.to(device)], weight, (1, 3))
+        (grad,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+        for r, d in enumerate((1, 3)):
+            reads = [[0 <= 4 - a * d < 6 and 0 <= column - b * d < width for b in (-1, 0, 1)] for a in (-1, 0, 1)]
+            assert grad[r, 3].isinf().tolist() == reads
+            assert grad[r, 3].isfinite().tolist() == [[not read for read in row] for row in reads]
+        assert grad[:, [*range(3), *range(4, 20)]].isfinite().all()
+
+
 # ---- derivatives ----
 
 
@@ -243,6 +263,42 @@ def test_vmap(device):
     weights = torch.stack([weight, weight * 2, -weight])
     got = torch.vmap(function)(x, torch.stack([y] * 3), weights)
     assert torch.equal(got, torch.stack([function(sample, y, w) for sample, w in zip(x, weights, strict=True)]))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_batched_gradients(device, layout):
+    """Many gradients in one call, and the derivatives of such."""
+    maps = make_pyramid([(1, 3, 2), (2, 2, 2)], DOUBLE, layout, images=2, device=device)
+    leaves = [t.requires_grad_() for t in (*maps, *make_filters(2, 3, DOUBLE, device))]
+
+    def function(a, b, weight, scale, shift):
+        return upsample_concat_depthwise([a, b], weight, (1, 2), scale=scale, shift=shift)
+
+    assert torch.autograd.gradcheck(function, leaves, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, leaves, check_batched_grad=True)
+
+
+def test_vmap_of_gradients(device):
+    """Over the gradients of one result, and of all that the backward operator takes."""
+    x, y = make_map((3, 2, 4, 6, 5)).to(device), make_map((2, 4, 3, 4)).to(device)
+    weight, *_ = make_filters(2, 8, device=device)
+    leaves = [t.detach().requires_grad_() for t in (x[0], y, weight)]
+    output = upsample_concat_depthwise(leaves[:2], leaves[2], (1, 2))
+    vectors = make_map((3, *output.shape), seed=9).to(device)
+
+    def gradients(vector):
+        return torch.autograd.grad(output, leaves, vector, retain_graph=True)
+
+    expected = [torch.stack(each) for each in zip(*map(gradients, vectors), strict=True)]
+    assert all(torch.equal(*pair) for pair in zip(torch.vmap(gradients)(vectors), expected, strict=True))
+
+    def backward(vector, x, weight):
+        grads = torch.ops.pyseg._upsample_concat_depthwise_backward(vector, [x, y], weight, [1, 2], True, True, True)
+        return *grads[0], *grads[1:]
+
+    weights = torch.stack([weight, weight * 2, -weight])
+    expected = [torch.stack(each) for each in zip(*map(backward, vectors, x, weights), strict=True)]
+    assert all(torch.equal(*pair) for pair in zip(torch.vmap(backward)(vectors, x, weights), expected, strict=True))
 
 
 def test_autocast(device):
