@@ -619,6 +619,25 @@ def test_disagreement_is_refused(x):
 
 
 @pytest.mark.usefixtures("ours_is_faster")
+def test_disagreement_of_a_model_with_other_outputs_in_float64(x):
+    """No rounding error can be measured then."""
+
+    class Lists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            y = self.conv(x) * (1.0 if type(self.conv) is nn.Conv2d else 1.1)
+            return [y] * (2 if x.dtype == torch.float64 else 1)
+
+    with pytest.raises(
+        RuntimeError, match=r"outputs must agree to 1\.0e-04 .* in output\[0\]; .*the model is restored"
+    ):
+        pyseg.accelerate(Lists().eval(), x, rounds=1)
+
+
+@pytest.mark.usefixtures("ours_is_faster")
 def test_slower_model_is_left_as_it_was(x, monkeypatch):
     monkeypatch.setattr("pyseg._accelerate.session.interleaved_ms", lambda calls, rounds: [1.0, 2.0])
     model = settle(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))

@@ -32,7 +32,8 @@ def accelerate(
     torch.fx; a module whose forward cannot be followed keeps its batch norms. In training mode nothing is folded.
 
     Blocks that are recognised by name and structure run as a whole in eval mode: ASPP (torchvision,
-    segmentation-models-pytorch, mmsegmentation's heads) and JPU (FastFCN), see pyseg.nn.ASPP and pyseg.nn.JPU.
+    segmentation-models-pytorch, mmsegmentation's heads) and JPU (FastFCN), see pyseg.nn.ASPP and pyseg.nn.JPU. Each is
+    first compared with its own modules, on random inputs, and stays as it is where it computes something else.
 
     Of detectors also changes, where they are faster: RoIAlign and its pyramids (torchvision's MultiScaleRoIAlign and
     RoIAlign, detectron2's ROIPooler and ROIAlign, mmcv's RoIAlign), the non-maximum suppression, mask pasting and mask
@@ -59,7 +60,8 @@ def accelerate(
         progress: called with a line of text now and then.
 
     Raises:
-        RuntimeError: the accelerated model fails, or its outputs differ; the model is restored before.
+        RuntimeError: the accelerated model fails, or its outputs differ, also without the blocks that are off by more
+            than the tolerance; the model is restored before.
     """
     if _stored_report(model) is not None:
         return model

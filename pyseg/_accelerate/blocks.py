@@ -29,11 +29,17 @@ def fits_block(module: nn.Module) -> bool:
     if name == "ASPP":
         return aspp_layers(module) is not None
     if name == "JPU":
-        options = getattr(module, "up_kwargs", None)
-        return jpu_layers(module) is not None and isinstance(options, dict) and options.get("mode") == "bilinear"
+        return jpu_layers(module) is not None and _is_bilinear(module)
     names = ["_transform_inputs", "align_corners", "cls_seg"]
     names += ["c1_bottleneck", "sep_bottleneck"] if name == "DepthwiseSeparableASPPHead" else []
     return all(hasattr(module, each) for each in names) and mmseg_layers(module) is not None
+
+
+def _is_bilinear(jpu: nn.Module) -> bool:
+    options = getattr(jpu, "up_kwargs", None)
+    return (
+        isinstance(options, dict) and options.get("mode") == "bilinear" and options.keys() <= {"mode", "align_corners"}
+    )
 
 
 def is_block(kind: type[nn.Module]) -> bool:
@@ -54,16 +60,21 @@ def _aspp(original: type[nn.Module]) -> tuple[str, Methods]:
     return "ASPP", {"forward": forward}
 
 
-def _mmseg_head(original: Any) -> tuple[str, Methods]:
-    def features(self: Any, inputs: Any) -> Any:
-        return self._pyseg_fusion.run(self, mmseg_layers(self), self._transform_inputs(inputs))
+def _mmseg_features(head: Any, inputs: Any) -> Tensor | None:
+    layers, fusion = mmseg_layers(head), head._pyseg_fusion
+    if layers is None or not fusion.may_fold(head, inputs):  # before the inputs are resized and concatenated
+        return None
+    result: Tensor | None = fusion.compute(layers, head._transform_inputs(inputs))
+    return result
 
+
+def _mmseg_head(original: Any) -> tuple[str, Methods]:
     def forward_feature(self: Any, inputs: Any) -> Any:
-        result = features(self, inputs)
+        result = _mmseg_features(self, inputs)
         return original._forward_feature(self, inputs) if result is None else result
 
     def forward(self: Any, inputs: Any) -> Any:
-        result = features(self, inputs)
+        result = _mmseg_features(self, inputs)
         return original.forward(self, inputs) if result is None else self.cls_seg(result)
 
     if hasattr(original, "_forward_feature"):
@@ -73,7 +84,7 @@ def _mmseg_head(original: Any) -> tuple[str, Methods]:
 
 def _mmseg_separable_head(original: type[nn.Module]) -> tuple[str, Methods]:
     def forward(self: Any, inputs: Any) -> Any:
-        result = self._pyseg_fusion.run(self, mmseg_layers(self), self._transform_inputs(inputs))
+        result = _mmseg_features(self, inputs)
         if result is None:
             return original.forward(self, inputs)
         if self.c1_bottleneck is not None:
@@ -87,8 +98,9 @@ def _mmseg_separable_head(original: type[nn.Module]) -> tuple[str, Methods]:
 
 def _jpu(original: type[nn.Module]) -> tuple[str, Methods]:
     def forward(self: Any, *inputs: Tensor) -> Any:
+        layers = jpu_layers(self) if _is_bilinear(self) else None
         corners = bool(self.up_kwargs.get("align_corners"))
-        result = self._pyseg_fusion.run(self, jpu_layers(self), inputs, corners)
+        result = self._pyseg_fusion.run(self, layers, (inputs[-3], inputs[-2], inputs[-1]), corners)
         if result is None:
             return original.forward(self, *inputs)
         return inputs[0], inputs[1], inputs[2], result

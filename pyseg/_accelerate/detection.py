@@ -22,6 +22,8 @@ from pyseg._accelerate.blocks import block_methods, fits_block, is_block
 from pyseg._accelerate.measure import Example, Outputs, _clone, difference, interleaved_ms, tensors_in
 from pyseg._accelerate.modules import Swaps, is_accelerated
 from pyseg._accelerate.report import Row
+from pyseg._accelerate.structure import why_not
+from pyseg.nn._folded import FusedBlock
 from pyseg.nn.roi_align import pooled
 
 # Devices whose kernels are in this installation.
@@ -48,11 +50,16 @@ class Part:
     difference: float = 0.0
     shape: tuple[int, ...] | None = None  # of the first tensor
     called: bool = False
+    rejected: str = ""  # why it must stay as it is
+
+    @property
+    def is_block(self) -> bool:
+        return is_block(self.kind.__bases__[0])
 
     @property
     def changes_now(self) -> bool:
         """Blocks run as ever in training mode."""
-        return not (self.module.training and is_block(self.kind.__bases__[0]))
+        return not (self.module.training and self.is_block)
 
     @property
     def faster(self) -> bool:
@@ -63,7 +70,9 @@ class Part:
         if self.called:
             row.shape, row.before_ms, row.after_ms = self.shape, self.before_ms, self.after_ms
             row.difference = self.difference
-        if not used:
+        if self.rejected:
+            row.reason = self.rejected
+        elif not used:
             row.reason = "slower here"
         elif not self.changes_now:
             row.reason = "in eval mode only"
@@ -86,7 +95,9 @@ def find_parts(model: nn.Module) -> list[Part]:
         methods = _new_methods(type(module))
         if methods and _fits(module):
             what = ", ".join(dict.fromkeys(what for what, _ in methods.values()))
-            parts.append(Part(name, module, accelerated(type(module)), tuple(methods), what))
+            part = Part(name, module, accelerated(type(module)), tuple(methods), what)
+            part.rejected = why_not(module, part.kind) if part.is_block else ""
+            parts.append(part)
     return parts
 
 
@@ -112,7 +123,8 @@ def accelerated(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass that a module of this class becomes."""
     if original not in _CLASSES:
         methods = {name: method for name, (_, method) in _new_methods(original).items()}
-        kind = type(original.__name__, (original, _Accelerated), {"__module__": __name__, **methods})
+        mixins = (_Accelerated, FusedBlock) if is_block(original) else (_Accelerated,)
+        kind = type(original.__name__, (original, *mixins), {"__module__": __name__, **methods})
         _CLASSES[original] = kind
     return _CLASSES[original]
 
@@ -353,7 +365,7 @@ def _replacement(value: Any, found: dict[str, None]) -> Any:
 
 def time_parts(parts: list[Part], example: Example, exact: bool) -> None:
     """Times each part's methods as they are and as they would be, on what the model calls them with."""
-    parts = [part for part in parts if part.changes_now]
+    parts = [part for part in parts if part.changes_now and not part.rejected]
 
     def recorded(part: Part, name: str, *args: Any, **kwargs: Any) -> Any:
         before, after = (getattr(kind, name) for kind in (type(part.module), part.kind))

@@ -52,12 +52,10 @@ class Example:
         """How far `outputs` are from those in float64; None where the model does not run in it."""
         try:
             double = Example(copy.deepcopy(self._model).double(), _clone(self._inputs, torch.float64))
-            exact = double.run()
+            exact = [(path, t.to(like.dtype)) for (path, t), (_, like) in zip(double.run(), outputs, strict=True)]
         except Exception:  # user code, in a dtype that it may not have been written for
             return None
-        return difference(
-            [(path, t.to(like.dtype)) for (path, t), (_, like) in zip(exact, outputs, strict=True)], outputs
-        )[0]
+        return difference(exact, outputs)[0]
 
     def _call(self) -> tuple[Any, float]:
         # A model may work in place on its input.

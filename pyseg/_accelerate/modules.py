@@ -45,8 +45,8 @@ def unswap(module: nn.Module) -> None:
     swap = module.__dict__.pop("_pyseg_swap", None)
     if swap is None:
         return
-    if isinstance(module, AtrousConv2d):
-        module.unfold_batch_norm()
+    if isinstance(module, FusedAtrousConv2d):
+        module.unfold_chain()
     for name in swap.attributes:
         module.__dict__.pop(name, None)
     module.__class__ = swap.original
@@ -91,11 +91,13 @@ class Swaps:
     def set(self, on: bool) -> None:
         """Turns all of them into their originals for a while, or back; packed weights stay."""
         for module, original, kind in self._swapped:
-            module.__class__ = kind if on else original
+            module.__class__ = kind
             if isinstance(module, FusedAtrousConv2d):
-                module.fold_chain()
-            elif isinstance(module, AtrousConv2d):
-                module.unfold_batch_norm()
+                if on:
+                    module.fold_chain()
+                elif issubclass(original, AtrousConv2d):
+                    module.unfold_chain()
+            module.__class__ = kind if on else original
 
     def undo(self) -> None:
         for module, _, _ in self._swapped:
@@ -112,8 +114,22 @@ class FusedAtrousConv2d(AtrousConv2d):
 
     def fold_chain(self) -> None:
         chain = self._pyseg_chain
-        if chain is not None and (chain.norm is not None or (self.fuses_relu and chain.relu is not None)):
+        if chain is not None and self._folds_chain:
             self.fold_batch_norm(chain.norm, self.fuses_relu and chain.relu is not None)
+
+    def unfold_chain(self) -> None:
+        """Undoes fold_chain, and leaves alone what the user has folded."""
+        if self._folds_chain:
+            self.unfold_batch_norm()
+
+    @property
+    def _folds_chain(self) -> bool:
+        chain = self._pyseg_chain
+        return chain is not None and (chain.norm is not None or (self.fuses_relu and chain.relu is not None))
+
+    @property
+    def folded_by_user(self) -> bool:
+        return super().folded_by_user and not self._folds_chain
 
     @property
     def applies_folded(self) -> bool:

@@ -23,6 +23,14 @@ _TOLERANCE = 1e-4
 _ROUNDING_MARGIN = 10
 
 
+class _OutputsDiffer(RuntimeError):
+    """Of the accelerated model, by more than is allowed."""
+
+    def __init__(self, text: str, allowed: float) -> None:
+        super().__init__(text)
+        self.allowed = allowed
+
+
 class Session:
     """One accelerate() call."""
 
@@ -33,7 +41,8 @@ class Session:
         self._say = say
         self._swaps = Swaps()
         self._layout = ChannelsLast(model)
-        self._parts = self._used = find_parts(model)  # those that are to be changed
+        self._parts = find_parts(model)
+        self._used = [part for part in self._parts if not part.rejected]  # those that are to be changed
         self.chains = [each.chain for each in self._found if each.chain is not None]
 
     def apply(self, choice: dict[Chain, Form], channels_last: bool) -> None:
@@ -74,14 +83,20 @@ class Session:
             trial = Stopwatch(self.chains, example, self._exact, self._say).run()
             if self._parts:
                 time_parts(self._parts, example, self._exact)
-                self._used = [part for part in self._parts if part.faster]
+                self._used = [part for part in self._used if part.faster]
         finally:
             self._layout.set(False)
         choice = {chain: trial.choose(chain) for chain in self.chains}
         if not any(choice.values()) and not self._used and not (channels_last and self._layout):
             return Report(self._rows(choice, trial), notes=[*notes, "nothing is faster than what the model has"])
         self._say("timing the whole model")
-        report = self._race(example, trial, choice, channels_last, expected, tolerance, rounds)
+        while True:
+            try:
+                report = self._race(example, trial, choice, channels_last, expected, tolerance, rounds)
+                break
+            except _OutputsDiffer as error:
+                if not self._reject_blocks(error.allowed):
+                    raise RuntimeError(str(error)) from None
         report.notes = notes
         if _speedup(report) > 1:
             self.apply(choice, channels_last)
@@ -91,6 +106,14 @@ class Session:
             for row in report.rows:
                 row.became = ""
         return report
+
+    def _reject_blocks(self, allowed: float) -> bool:
+        """Leaves out the blocks whose own outputs are further off than the model's may be; whether there are any."""
+        off = [part for part in self._used if part.is_block and not part.difference <= allowed]
+        for part in off:
+            part.rejected = f"its outputs must agree to {allowed:.1e}"
+        self._used = [part for part in self._used if not part.rejected]
+        return bool(off)
 
     def _prefers_channels_last(self, example: Example, notes: list[str]) -> bool:
         """Whether the model is faster in channels_last, by one run of each with everything accelerated that can be."""
@@ -174,8 +197,8 @@ class Session:
                 return
         worst = max(rows, key=lambda row: row.difference or 0.0, default=None)
         if worst is not None and worst.difference:
-            text += f"; of the convolutions, {worst.name} is off the most, by {worst.difference:.1e}"
-        raise RuntimeError(text + "; the model is restored")
+            text += f"; of the modules, {worst.name} is off the most, by {worst.difference:.1e}"
+        raise _OutputsDiffer(text + "; the model is restored", allowed)
 
     # ---- reporting ----
 

@@ -1,8 +1,11 @@
 """2D convolution with dilation and a fused per-channel scale, shift and ReLU."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyseg._ops import atrous_conv2d as _op
 from pyseg._ops.memory_format import is_channels_last
@@ -59,10 +62,11 @@ def atrous_conv2d(
     What runs here: 3x3 kernels with stride 1, dense (groups=1) or depthwise (groups = C_in = C_out), on the CPU and
     CUDA; dense 1x1 kernels in float32 and float64 on the CPU, with any stride (the input is then thinned out first)
     where the padding is 0. All others go to torch's conv2d, followed by the same epilogue. Differentiable any number of
-    times in input, weight, bias, scale and shift; torch.func.vmap works, torch.func.grad raises (torch has no such
-    transform of operators with Python autograd). On both devices the same bits come out in every run, on the CPU for
-    every number of threads. float32 on CUDA obeys torch's tf32 switches for cuDNN convolutions.
-    O(N * C_out * C_in / groups * H_out * W_out * kH * kW) time at most; taps that see nothing but padding are left out.
+    times in input, weight, bias, scale and shift, in forward mode by torch's conv2d; torch.func.vmap works,
+    torch.func.grad raises (torch has no such transform of operators with Python autograd). On both devices the same
+    bits come out in every run, on the CPU for every number of threads. float32 on CUDA obeys torch's tf32 switches for
+    cuDNN convolutions. O(N * C_out * C_in / groups * H_out * W_out * kH * kW) time at most; taps that see nothing but
+    padding are left out.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit: names argument, expected and got.
@@ -78,7 +82,8 @@ def atrous_conv2d(
     else:
         padding = _pair("padding", padding)
 
-    if why_torch(weight, stride, padding, groups, input.shape[-3], input.dtype, input.device.type):
+    reason = why_torch(weight, stride, padding, groups, input.shape[-3], input.dtype, input.device.type)
+    if reason or _has_tangent(input, weight, bias, scale, shift):
         return _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, scale, shift, relu, out)
 
     if isinstance(padding, str):
@@ -121,6 +126,14 @@ def why_torch(
     if device not in _op.DEVICES:
         return f"no kernels for {device} in this installation"
     return ""
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode derivatives are wanted."""
+    if forward_ad._current_level < 0:
+        return False
+    unpack: Any = forward_ad.unpack_dual
+    return any(t is not None and unpack(t).tangent is not None for t in tensors)
 
 
 def _why_torch_pointwise(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyseg._ops.atrous_conv2d import as_channels_last
-from pyseg.nn._folded import BlockFusion, Layer, is_channels_last, layers_of
+from pyseg.nn._folded import BlockFusion, Kinds, Layer, is_channels_last, layers_of
 
 
 class ASPPLayers(NamedTuple):
@@ -24,15 +24,20 @@ class ASPPLayers(NamedTuple):
     project: list[Layer]
 
 
-def aspp_layers(block: nn.Module) -> ASPPLayers | None:
-    """The layers of torchvision's, segmentation-models-pytorch's and our own ASPP; None for anything else."""
+def aspp_layers(block: nn.Module, pooling: type[nn.Module] | None = None) -> ASPPLayers | None:
+    """The layers of torchvision's, segmentation-models-pytorch's and our own ASPP; None for anything else.
+
+    `pooling` is the class of the pooled branch in ours, which is made of nothing but torch's modules otherwise. None:
+    another library's block, told by names and structure, so that the result needs a check by numbers.
+    """
     convs, project = (getattr(block, name, None) for name in ("convs", "project"))
+    separable = None if pooling is None else ()
     if not isinstance(convs, nn.ModuleList) or len(convs) == 0 or not isinstance(project, nn.Sequential):
         return None
     *branches, last = convs
-    if not is_image_pool(last):
-        return _checked([*branches, last], None, False, project)
-    return _checked(branches, last, False, project)
+    if not is_image_pool(last) or (pooling is not None and type(last) is not pooling):
+        return _checked([*branches, last], None, False, project, separable)
+    return _checked(branches, last, False, project, separable)
 
 
 def mmseg_layers(head: nn.Module) -> ASPPLayers | None:
@@ -53,11 +58,15 @@ def is_image_pool(module: object) -> bool:
 
 
 def _checked(
-    branches: list[nn.Module], pool: nn.Module | None, pool_first: bool, project: nn.Module
+    branches: list[nn.Module],
+    pool: nn.Module | None,
+    pool_first: bool,
+    project: nn.Module,
+    separable: Kinds | None = None,
 ) -> ASPPLayers | None:
-    found = [layers_of(branch) for branch in branches]
-    pooled = None if pool is None else layers_of(*list(pool.children())[1:])
-    projected = layers_of(project)
+    found = [layers_of(branch, separable=separable) for branch in branches]
+    pooled = None if pool is None else layers_of(*list(pool.children())[1:], separable=separable)
+    projected = layers_of(project, separable=separable)
     if projected is None or (pool is not None and pooled is None) or not found:
         return None
     layers = ASPPLayers([branch for branch in found if branch is not None], pooled, pool_first, projected)
@@ -90,8 +99,12 @@ class ASPPFusion(BlockFusion):
 
     def run(self, block: nn.Module, layers: ASPPLayers | None, x: Tensor) -> Tensor | None:
         """The block's result; None where it must run module by module."""
-        if layers is None or not self._may_fold(block, x):
+        if layers is None or not self.may_fold(block, [x]):
             return None
+        return self.compute(layers, x)
+
+    def compute(self, layers: ASPPLayers, x: Tensor) -> Tensor | None:
+        """What `run` does after may_fold."""
         three = any(layer.conv.kernel_size == (3, 3) for layer in layers.project)
         if layers.pool is not None and three and min(x.shape[2:]) < 3:
             return None

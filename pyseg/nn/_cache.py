@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _COMPARED_WHOLE = 4096
 _SAMPLES = 32
@@ -28,11 +29,12 @@ class Cached:
     Belongs to one module: copies and pickles of it start empty.
     """
 
-    __slots__ = ("_entry", "_retired")
+    __slots__ = ("_entry", "_retired", "times_cleared")
 
     def __init__(self) -> None:
         self._entry: tuple[Any, list[_Stamp], Any] | None = None  # replaced as a whole, so that threads may share it
         self._retired = False
+        self.times_cleared = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Cached, ())
@@ -40,6 +42,7 @@ class Cached:
     def clear(self) -> None:
         self._entry = None
         self._retired = False
+        self.times_cleared += 1
 
     def retire(self, tensors: tuple[Tensor, ...]) -> None:
         """Says that gradients will flow into the tensors, so that an optimiser is about to change them."""
@@ -70,6 +73,8 @@ def _is_plain_eager(tensors: tuple[Tensor, ...]) -> bool:
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if forward_ad._current_level >= 0:  # tangents show nowhere else
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) for t in tensors)
 

@@ -4,11 +4,13 @@ A block is described by its layers, read off its modules in every call, so that 
 kept between calls are only values computed from their parameters.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
 
 from pyseg.functional.atrous_conv2d import atrous_conv2d
 from pyseg.nn._cache import Cached
@@ -23,13 +25,17 @@ class Layer(NamedTuple):
     relu: bool = False
 
 
-def layers_of(*modules: nn.Module) -> list[Layer] | None:
+Kinds = tuple[type[nn.Module], ...]
+
+
+def layers_of(*modules: nn.Module, separable: Kinds | None = None) -> list[Layer] | None:
     """The layers of modules that run one behind the other; None if they are made of anything else.
 
-    Dropout is left out: it does nothing in eval mode.
+    Dropout is left out: it does nothing in eval mode. `separable` are the classes of separable convolutions to look
+    into; None: other libraries' composite convolutions, told by name, so that the result needs a check by numbers.
     """
     layers: list[Layer] = []
-    for module in _flat(modules):
+    for module in _flat(modules, separable):
         last = layers[-1] if layers else None
         if isinstance(module, nn.Conv2d) and _is_plain_conv(module):
             layers.append(Layer(module))
@@ -37,22 +43,23 @@ def layers_of(*modules: nn.Module) -> list[Layer] | None:
             layers[-1] = last._replace(bn=module)  # type: ignore[arg-type]
         elif last is not None and (type(module) is nn.ReLU or (_is_swapped(module) and isinstance(module, nn.ReLU))):
             layers[-1] = last._replace(relu=True)
-        elif not isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
+        elif type(module) not in (nn.Identity, nn.Dropout, nn.Dropout2d):
             return None
     return layers or None
 
 
-def _flat(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The leaves of nested Sequentials and of other libraries' separable convolutions, in the order they run in."""
+def _flat(modules: Iterable[nn.Module], separable: Kinds | None) -> Iterator[nn.Module]:
+    """The leaves of nested Sequentials and of composite convolutions, in the order they run in."""
     for module in modules:
-        names = _ORDERS.get(type(module).__name__, ())
+        known = separable is None or type(module) in separable
+        names = _ORDERS.get(type(module).__name__, ()) if known else ()
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            yield from _flat(module)
+            yield from _flat(module, separable)
         elif names and all(isinstance(getattr(module, name, None), nn.Module) for name in names):
-            yield from _flat(getattr(module, name) for name in names)
-        elif _is_conv_module(module):
+            yield from _flat((getattr(module, name) for name in names), separable)
+        elif known and _is_conv_module(module):
             parts: Any = module
-            yield from _flat([parts.conv, *([parts.norm] if parts.with_norm else [])])
+            yield from _flat([parts.conv, *([parts.norm] if parts.with_norm else [])], separable)
             yield from [parts.activate] if parts.with_activation else []
         else:
             yield module
@@ -81,13 +88,11 @@ def _is_swapped(module: nn.Module) -> bool:
 
 
 def _is_plain_conv(conv: nn.Conv2d) -> bool:
-    kind = type(conv)
     return (
-        (kind in (nn.Conv2d, AtrousConv2d) or _is_swapped(conv))
+        (type(conv) in (nn.Conv2d, AtrousConv2d) or _is_swapped(conv))
         and "weight" in conv._parameters  # not computed by a parametrization
-        and "forward" not in conv.__dict__
         and conv.padding_mode == "zeros"
-        and (kind is not AtrousConv2d or conv._folded is None)
+        and not (isinstance(conv, AtrousConv2d) and conv.folded_by_user)
     )
 
 
@@ -100,29 +105,46 @@ def _is_plain_norm(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module | None) -> bool:
     """Whether someone looks at what goes in or out: then the module must see just that."""
     return module is not None and bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
     )
 
 
-def can_fold(block: nn.Module, *inputs: Tensor) -> bool:
-    """Whether a call may leave out the block's submodules: eval mode, no gradients, nobody who listens in."""
-    if block.training or any(m.training or has_hooks(m) for m in block.modules() if m is not block):
+def can_fold(block: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether a call may leave out the block's submodules.
+
+    Eval mode, no derivatives, submodules that do what their classes say, nobody who listens in, and real tensors of
+    the devices that the kernels are for.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not _is_eager():  # first: what torch.fx traces with has no values
+        return False
+    if block.training or any(not _is_untouched(m) for m in block.modules() if m is not block):
         return False
     tensors = (*inputs, *block.parameters())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    if not torch.compiler.is_compiling() and not _is_eager(*tensors):
+    if not compiling and not all(type(t) in (Tensor, nn.Parameter) and (t.is_cpu or t.is_cuda) for t in tensors):
         return False
     return all(x.dim() == 4 and x.numel() > 0 and x.is_floating_point() for x in inputs)
 
 
-def _is_eager(*tensors: Tensor) -> bool:
-    """Plain tensors outside torch.fx, torch.jit and torch.func, which do not know writing into `out`."""
+def _is_untouched(module: nn.Module) -> bool:
+    own = module.__dict__
+    return not (module.training or has_hooks(module) or "forward" in own or "_conv_forward" in own)
+
+
+def _is_eager() -> bool:
+    """Outside torch.fx, torch.jit, torch.func and forward-mode AD, which do not know writing into `out`."""
     if torch.fx._symbolic_trace.is_fx_symbolic_tracing() or torch._C._is_tracing():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def result_dtype(input: Tensor) -> torch.dtype:
@@ -188,14 +210,17 @@ class FoldedLayer:
             scale=scale,
             shift=shift,
             relu=layer.relu and relu and not linear,
-            exact=self._exact,
+            exact=conv.exact if isinstance(conv, AtrousConv2d) else self._exact,
             packed=packed_weight(conv, weight, self._packed),
             out=out,
         )
 
 
 class BlockFusion:
-    """Runs a block from its layers; keeps what they make of their parameters. Copies and pickles start empty."""
+    """Runs a block from its layers; keeps what they make of their parameters, by the rules of Cached.
+
+    `exact` is that of convolutions that do not say it themselves. Copies and pickles start empty.
+    """
 
     def __init__(self, exact: bool = False) -> None:
         self._exact = exact
@@ -205,22 +230,48 @@ class BlockFusion:
         return type(self), (self._exact,)
 
     def clear(self) -> None:
-        self._folded: dict[str, FoldedLayer] = {}
+        """Forgets all; from now on things are kept again."""
+        self._forget()
+        self._retired = False
+        self._times_cleared: list[int] = []  # the convolutions' own caches
 
-    def _may_fold(self, block: nn.Module, *inputs: Tensor) -> bool:
-        """can_fold; where not, forgets all: a training step may follow, and on CUDA not all of them leave traces."""
-        possible = can_fold(block, *inputs)
-        if not possible and not torch.compiler.is_compiling():
+    def _forget(self) -> None:
+        self._folded: dict[Any, FoldedLayer] = {}
+
+    def may_fold(self, block: nn.Module, inputs: Sequence[Tensor]) -> bool:
+        """can_fold; where not, forgets all: a training step may follow, and on CUDA not all of them leave traces.
+
+        So on CUDA nothing is kept after a call with gradients, until `clear`.
+        """
+        possible = can_fold(block, inputs)
+        if torch.compiler.is_compiling():
+            return possible
+        times = [conv._packed.times_cleared for conv in block.modules() if isinstance(conv, AtrousConv2d)]
+        if times != self._times_cleared:
             self.clear()
+            self._times_cleared = times
+        if not possible:
+            self._forget()
+            if torch.is_grad_enabled() and any(p.requires_grad and p.is_cuda for p in block.parameters()):
+                self._retired = True
         return possible
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether something is kept: the block has run as a whole."""
+        return bool(self._folded)
+
+    @property
+    def _keeps(self) -> bool:
+        return not (self._retired or torch.compiler.is_compiling())
+
     def _layer(self, name: str, channels: slice | None = None) -> FoldedLayer:
-        """The runner of one layer, under a name of its own; graphs keep nothing."""
-        if torch.compiler.is_compiling():
+        """The runner of one layer, under a name of its own, or of some input channels of it; graphs keep nothing."""
+        if not self._keeps:
             return FoldedLayer(channels, self._exact)
-        if name not in self._folded:
-            self._folded[name] = FoldedLayer(channels, self._exact)
-        return self._folded[name]
+        folded = self._folded  # other threads may forget it
+        key = name if channels is None else (name, channels.start, channels.stop)
+        return folded.get(key) or folded.setdefault(key, FoldedLayer(channels, self._exact))
 
     def _side_by_side(
         self,
@@ -264,6 +315,29 @@ class BlockFusion:
             if between is not None:
                 between[key] = x
         return self._layer(f"branch {index} {len(first)}")(last, x, out=out)
+
+
+class FusedBlock(nn.Module):
+    """Mixed into blocks: what they keep for eval mode goes when a convolution's packed weight does."""
+
+    _pyseg_fusion: BlockFusion
+
+    def clear_cache(self) -> None:
+        """Forgets what was computed from the parameters, in the submodules, too: the next call computes it anew."""
+        self._pyseg_fusion.clear()
+        for module in self.modules():
+            if isinstance(module, AtrousConv2d):
+                module.clear_cache()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._pyseg_fusion.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode on or off, as in torch. Forgets what was kept: in between parameters change."""
+        self._pyseg_fusion.clear()
+        return super().train(mode)
 
 
 def is_channels_last(x: Tensor) -> bool:

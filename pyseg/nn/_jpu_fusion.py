@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyseg._ops.atrous_conv2d import as_channels_last
 from pyseg.functional.upsample_concat_depthwise import upsample_concat_depthwise
 from pyseg.nn._cache import Cached
-from pyseg.nn._folded import BlockFusion, Layer, is_channels_last, layers_of
+from pyseg.nn._folded import BlockFusion, Kinds, Layer, is_channels_last, layers_of
 
 # Devices whose kernels are in this installation.
 _FUSED_ON = frozenset(
@@ -28,11 +28,11 @@ class JPULayers(NamedTuple):
     pointwise: list[Layer]
 
 
-def jpu_layers(block: nn.Module) -> JPULayers | None:
-    """The layers of FastFCN's and our own JPU; None for anything else."""
+def jpu_layers(block: nn.Module, separable: Kinds | None = None) -> JPULayers | None:
+    """The layers of FastFCN's and our own JPU; None for anything else. `separable` as in layers_of."""
     names = ("conv5", "conv4", "conv3", "dilation1", "dilation2", "dilation3", "dilation4")
     parts = [getattr(block, name, None) for name in names]
-    found = [layers_of(part) if isinstance(part, nn.Module) else None for part in parts]
+    found = [layers_of(part, separable=separable) if isinstance(part, nn.Module) else None for part in parts]
     if any(layers is None for layers in found):
         return None
     layers = [each for each in found if each is not None]
@@ -59,17 +59,17 @@ def _is_3x3(conv: nn.Conv2d) -> bool:
 class JPUFusion(BlockFusion):
     """Runs a JPU block from its layers."""
 
-    def clear(self) -> None:
-        super().clear()
+    def _forget(self) -> None:
+        super()._forget()
         self._stacked = Cached()
 
     def run(
-        self, block: nn.Module, layers: JPULayers | None, inputs: Sequence[Tensor], align_corners: bool
+        self, block: nn.Module, layers: JPULayers | None, coarse_last: Sequence[Tensor], align_corners: bool
     ) -> Tensor | None:
-        """The upsampled features, from the last three inputs; None where the block must run module by module."""
-        finest, *_ = coarse_last = inputs[-3:]
-        if layers is None or not self._may_fold(block, *coarse_last):
+        """The upsampled features from three maps; None where the block must run module by module."""
+        if layers is None or not self.may_fold(block, coarse_last):
             return None
+        finest = coarse_last[0]
         # All kernels work on channels_last: convert the inputs, which are smaller than what is made of them.
         maps = [
             self._layer(f"map {index}")(layer, as_channels_last(x))
@@ -121,5 +121,6 @@ class JPUFusion(BlockFusion):
         def stacked() -> tuple[Tensor, ...]:
             return torch.stack(weights)[:, :, 0], torch.stack(scales), torch.stack(shifts)
 
-        result: tuple[Tensor, Tensor, Tensor] = self._stacked.get((*weights, *scales, *shifts), None, stacked)
+        cache = self._stacked if self._keeps else Cached()
+        result: tuple[Tensor, Tensor, Tensor] = cache.get((*weights, *scales, *shifts), None, stacked)
         return result

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pyseg.nn._aspp_fusion import ASPPFusion, aspp_layers
+from pyseg.nn._folded import FusedBlock
 from pyseg.nn.atrous_conv2d import AtrousConv2d
 
 
-class ASPP(nn.Module):
+class ASPP(FusedBlock):
     r"""Atrous spatial pyramid pooling of DeepLab v3 (Chen et al. 2017, 1706.05587) and v3+ (1802.02611).
 
         y = dropout(relu(bn(project * [b_0, b_1, ..., b_R, pool])))
@@ -20,8 +21,10 @@ class ASPP(nn.Module):
 
     In eval mode without gradients the batch norms are folded into the convolutions, the branches write into their
     channels of one tensor, the input changes its layout once, and the pooled branch becomes part of the projection's
-    shift: it is never broadcast. In all other cases (training, gradients, hooks on submodules) the submodules run one
-    by one, as in torch.
+    shift: it is never broadcast. In all other cases (training, gradients, hooks on submodules, a replaced `forward` of
+    one, torch.fx, torch.jit and torch.func) the submodules run one by one, as in torch.
+
+    What is computed from the parameters is kept as by AtrousConv2d and forgotten as there: `clear_cache`.
 
     Args:
         in_channels: channels of the input.
@@ -35,8 +38,9 @@ class ASPP(nn.Module):
         norm_layer: makes a norm from a number of channels. Only nn.BatchNorm2d and nn.SyncBatchNorm are folded.
         exact: as in pyseg.functional.atrous_conv2d.
 
-    Input [N, in_channels, H, W], result [N, out_channels, H, W], in channels_last if the input is. dtypes,
-    determinism and errors are those of pyseg.functional.atrous_conv2d.
+    Input [N, in_channels, H, W], result [N, out_channels, H, W]. As a whole the block returns channels_last where
+    the input is, and submodules that run one by one where the input or their weights are. dtypes, determinism and
+    errors are those of pyseg.functional.atrous_conv2d.
 
     Raises:
         ValueError: project_kernel_size is neither 1 nor 3, or separable_norm without separable.
@@ -82,10 +86,10 @@ class ASPP(nn.Module):
         self.convs = nn.ModuleList(branches)
         projection = conv(len(branches) * out_channels, out_channels, project_kernel_size)
         self.project = nn.Sequential(*block(projection), nn.Dropout(dropout))
-        self._fusion = ASPPFusion(exact)
+        self._pyseg_fusion: ASPPFusion = ASPPFusion(exact)
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self._fusion.run(self, aspp_layers(self), x)
+        result = self._pyseg_fusion.run(self, aspp_layers(self, ImagePooling), x)
         if result is None:
             result = self.project(torch.cat([branch(x) for branch in self.convs], 1))
         return result

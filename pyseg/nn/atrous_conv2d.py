@@ -122,6 +122,11 @@ class AtrousConv2d(nn.Conv2d):
         self._affine.clear()
 
     @property
+    def folded_by_user(self) -> bool:
+        """Whether fold_batch_norm was called, by others than pyseg.accelerate."""
+        return self._folded is not None
+
+    @property
     def applies_folded(self) -> bool:
         """Whether forward includes the folded batch norm and ReLU now."""
         if self._folded is None or self.training:

@@ -90,6 +90,8 @@ _BRANCH = {
 
 def _branch_key(key: str) -> str:
     module, _, parameter = key.rpartition(".")
+    if module not in _BRANCH:
+        raise ValueError(f"aspp_from_mmseg: state_dict must have convolutions and batch norms alone, got a '{module}'")
     return f"{_BRANCH[module]}.{parameter}"
 
 

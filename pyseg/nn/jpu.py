@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyseg.nn._folded import FusedBlock
 from pyseg.nn._jpu_fusion import JPUFusion, jpu_layers
 from pyseg.nn.atrous_conv2d import AtrousConv2d
 
@@ -28,7 +29,7 @@ class SeparableConv2d(nn.Module):
         return result
 
 
-class JPU(nn.Module):
+class JPU(FusedBlock):
     r"""Joint pyramid upsampling (FastFCN, Wu et al. 2019, 1903.11816, section 3.3).
 
         f_l = relu(bn(w_l * x_l)), 3x3, for the last three maps     f = [up(f_5), up(f_4), f_3]
@@ -38,7 +39,10 @@ class JPU(nn.Module):
     its checkpoints load (`pyseg.nn.checkpoints`).
 
     In eval mode without gradients all batch norms are folded and the four results are written into their channels of
-    one tensor. In all other cases (training, gradients, hooks on submodules) the submodules run one by one.
+    one tensor. In all other cases (training, gradients, hooks on submodules, a replaced `forward` of one, torch.fx,
+    torch.jit and torch.func) the submodules run one by one.
+
+    What is computed from the parameters is kept as by AtrousConv2d and forgotten as there: `clear_cache`.
 
     Args:
         in_channels: channels of the backbone's maps; the last three count.
@@ -77,14 +81,15 @@ class JPU(nn.Module):
 
         self.conv5, self.conv4, self.conv3 = conv(in_channels[-1]), conv(in_channels[-2]), conv(in_channels[-3])
         self.dilation1, self.dilation2, self.dilation3, self.dilation4 = map(dilation, (1, 2, 4, 8))
-        self._fusion = JPUFusion(exact)
+        self._pyseg_fusion: JPUFusion = JPUFusion(exact)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if len(inputs) < 3:
+        if isinstance(inputs, tuple) and len(inputs) < 3:  # torch.fx has a stand-in for all of them
             raise ValueError(f"JPU: inputs must be at least three maps, got {len(inputs)}")
-        result = self._fusion.run(self, jpu_layers(self), inputs, self.align_corners)
+        x3, x4, x5 = inputs[-3], inputs[-2], inputs[-1]
+        result = self._pyseg_fusion.run(self, jpu_layers(self, (SeparableConv2d,)), (x3, x4, x5), self.align_corners)
         if result is None:
-            result = self._by_modules(*inputs[-3:])
+            result = self._by_modules(x3, x4, x5)
         return inputs[0], inputs[1], inputs[2], result
 
     def _by_modules(self, x3: Tensor, x4: Tensor, x5: Tensor) -> Tensor:

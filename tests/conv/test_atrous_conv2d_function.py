@@ -327,6 +327,27 @@ def test_inference_mode(device):
             assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("of", ["input", "weight", "bias", "scale", "shift"])
+def test_forward_mode(device, of):
+    torch.manual_seed(0)
+    tensors = {"input": torch.randn(2, 3, 6, 5), "weight": torch.randn(4, 3, 3, 3)}
+    tensors |= {name: torch.randn(4) for name in ("bias", "scale", "shift")}
+    tensors = {name: t.double().to(device) for name, t in tensors.items()}
+    tangent = torch.randn_like(tensors[of])
+
+    def run(tensor):
+        t = tensors | {of: tensor}
+        return atrous_conv2d(t["input"], t["weight"], t["bias"], padding=1, scale=t["scale"], shift=t["shift"])
+
+    # Multilinear in each: a central difference is exact but for rounding.
+    expected = (run(tensors[of] + tangent) - run(tensors[of] - tangent)) / 2
+    with torch.autograd.forward_ad.dual_level():
+        dual = run(torch.autograd.forward_ad.make_dual(tensors[of], tangent))
+        got = torch.autograd.forward_ad.unpack_dual(dual).tangent
+        assert torch.autograd.forward_ad.unpack_dual(run(tensors[of])).tangent is None
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_vmap(device):
     x, w = make((6, 3, 7, 8), device=device), make((4, 3, 3, 3), device=device)
     images = x.view(3, 2, 3, 7, 8)

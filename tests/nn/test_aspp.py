@@ -169,6 +169,10 @@ def test_checkpoint_errors():
     head = ASPPHead(4, 4, 2, dilations=(2, 3))
     with pytest.raises(ValueError, match="first dilation must be 1"):
         checkpoints.aspp_from_mmseg(head.state_dict())
+    head = ASPPHead(4, 4, 2, dilations=(1, 3))
+    state = {key.replace(".bn.", ".gn."): value for key, value in head.state_dict().items()}
+    with pytest.raises(ValueError, match="aspp_from_mmseg: state_dict must have .* batch norms alone, got a 'gn'"):
+        checkpoints.aspp_from_mmseg(state)
 
 
 def test_argument_errors():
