@@ -15,28 +15,38 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 _LIBRARY = torch.library.Library("pyseg", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
+_LEVELS = range(1, 64)  # how deep the older vmap nests
+
+
+def _is_batched(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and torch._C._functorch.is_legacy_batchedtensor(argument)
+
+
+def _samples(tensor: Tensor, level: int) -> Tensor:
+    # The number of samples that is passed is for tensors that do not have this level.
+    return torch._remove_batch_dim(tensor, level, 1, 0)
+
+
+def _level(op: Any, tensor: Tensor) -> int:
+    """The one level of a tensor. torch's own count is the calling thread's, and CUDA's gradients run on another."""
+    for level in _LEVELS:
+        if not _is_batched(_samples(tensor, level)):
+            return level
+    raise RuntimeError(f"{op.name()}: batched gradients within batched gradients are not implemented")
+
+
 def register_vmap(op: Any, rule: Callable[..., tuple[Any, Any]]) -> None:
     """`rule` as in torch.library.register_vmap, without keyword arguments. Its in_dims are 0 or None for the older."""
     torch.library.register_vmap(op, rule)
 
     def call(*arguments: Any) -> Any:
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
-
-        def is_batched(argument: Any) -> bool:
-            return isinstance(argument, Tensor) and torch._C._functorch.is_legacy_batchedtensor(argument)
-
         flat, spec = tree_flatten(arguments)
-        dims = [0 if is_batched(each) else None for each in flat]
-        # The number of samples that is passed is for tensors without this level: those of an outer call.
-        flat = [
-            each if d is None else torch._remove_batch_dim(each, level, 1, 0)
-            for each, d in zip(flat, dims, strict=True)
-        ]
-        if any(is_batched(each) for each in flat):
+        dims = [0 if _is_batched(each) else None for each in flat]
+        level = _level(op, flat[dims.index(0)])
+        flat = [each if d is None else _samples(each, level) for each, d in zip(flat, dims, strict=True)]
+        if any(_is_batched(each) for each in flat):
             raise RuntimeError(f"{op.name()}: batched gradients within batched gradients are not implemented")
-        batch = next(each.shape[0] for each, d in zip(flat, dims, strict=True) if d == 0)
-        info = SimpleNamespace(batch_size=batch, randomness="error")
+        info = SimpleNamespace(batch_size=flat[dims.index(0)].shape[0], randomness="error")
         results, out_dims = rule(info, tree_unflatten(dims, spec), *tree_unflatten(flat, spec))
         results, spec = tree_flatten(results)
         out_dims = tree_flatten(out_dims)[0]

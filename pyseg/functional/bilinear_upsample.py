@@ -39,7 +39,8 @@ def bilinear_upsample(
         [N, C, H_out, W_out], channels_last where input is.
 
     Coordinates are in double precision (torch's are in the dtype computed in). Differentiable any number of times; the
-    gradient is a gather, with the same bits in every run and, on the CPU, for every number of threads. vmap works.
+    gradient is a gather, with the same bits in every run and, on the CPU, for every number of threads. vmap works, and
+    so do batched gradients.
     O(N * C * H_out * W_out) time, no memory but the output.
 
     Raises:

@@ -44,7 +44,7 @@ def upsample_concat_depthwise(
     Differentiable any number of times in inputs, weight, scale and shift. Only the inputs are kept for that; the
     gradient interpolates again, and its memory beyond the gradients is 10 * N * R * C sums and, on CUDA, one
     [N, C, *size] for the maps that are interpolated. Deterministic: the same bits in every run and, on the CPU, for
-    every number of threads. torch.vmap works. O(N * R * C * H * W * 9) time.
+    every number of threads. torch.vmap and batched gradients work. O(N * R * C * H * W * 9) time.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit: names argument, expected and got.
