@@ -104,20 +104,26 @@ def _is_plain_norm(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module | None) -> bool:
     """Whether someone looks at what goes in or out: then the module must see just that."""
-    return module is not None and bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _module._global_forward_hooks
+    return module is not None and (_has_own_hooks(module) or _has_global_hooks())
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
     )
 
 
-def can_fold(block: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether a call may leave out the block's submodules.
+def can_fold(block: nn.Module, submodules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> bool:
+    """Whether a call may leave out the block's submodules, all that there are on every level.
 
     Eval mode, no derivatives, submodules that do what their classes say, nobody who listens in, and real tensors of
     the devices that the kernels are for.
@@ -125,7 +131,7 @@ def can_fold(block: nn.Module, inputs: Sequence[Tensor]) -> bool:
     compiling = torch.compiler.is_compiling()
     if not compiling and not _is_eager():  # first: what torch.fx traces with has no values
         return False
-    if block.training or any(not _is_untouched(m) for m in block.modules() if m is not block):
+    if block.training or _has_global_hooks() or not all(map(_is_untouched, submodules)):
         return False
     tensors = (*inputs, *block.parameters())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -137,7 +143,7 @@ def can_fold(block: nn.Module, inputs: Sequence[Tensor]) -> bool:
 
 def _is_untouched(module: nn.Module) -> bool:
     own = module.__dict__
-    return not (module.training or has_hooks(module) or "forward" in own or "_conv_forward" in own)
+    return not (module.training or _has_own_hooks(module) or "forward" in own or "_conv_forward" in own)
 
 
 def _is_eager() -> bool:
@@ -243,10 +249,11 @@ class BlockFusion:
 
         So on CUDA nothing is kept after a call with gradients, until `clear`.
         """
-        possible = can_fold(block, inputs)
+        _, *submodules = block.modules()
+        possible = can_fold(block, submodules, inputs)
         if torch.compiler.is_compiling():
             return possible
-        times = [conv._packed.times_cleared for conv in block.modules() if isinstance(conv, AtrousConv2d)]
+        times = [conv._packed.times_cleared for conv in submodules if isinstance(conv, AtrousConv2d)]
         if times != self._times_cleared:
             self.clear()
             self._times_cleared = times

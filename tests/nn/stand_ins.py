@@ -58,8 +58,8 @@ def resize(x, size):
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-class ASPPHead(nn.Module):
-    """mmsegmentation: DeepLab v3's head, down to the classes."""
+class _Head(nn.Module):
+    """mmsegmentation: what its two heads have in common."""
 
     separable = False
 
@@ -78,16 +78,32 @@ class ASPPHead(nn.Module):
     def _transform_inputs(self, inputs):
         return inputs[self.in_index]
 
+    def cls_seg(self, feat):
+        return self.conv_seg(self.dropout(feat))
+
+
+class ASPPHead(_Head):
+    """mmsegmentation: DeepLab v3's head, down to the classes."""
+
     def _forward_feature(self, inputs):
         x = self._transform_inputs(inputs)
         outs = [resize(self.image_pool(x), x.shape[2:]), *self.aspp_modules(x)]
         return self.bottleneck(torch.cat(outs, 1))
 
-    def cls_seg(self, feat):
-        return self.conv_seg(self.dropout(feat))
-
     def forward(self, inputs):
         return self.cls_seg(self._forward_feature(inputs))
+
+
+class OldASPPHead(_Head):
+    """mmsegmentation before 0.27: ASPPHead, with the features as a part of forward."""
+
+    def forward(self, inputs):
+        x = self._transform_inputs(inputs)
+        outs = [resize(self.image_pool(x), x.shape[2:]), *self.aspp_modules(x)]
+        return self.cls_seg(self.bottleneck(torch.cat(outs, 1)))
+
+
+OldASPPHead.__name__ = "ASPPHead"  # by which accelerate knows it
 
 
 class DepthwiseSeparableASPPHead(ASPPHead):
