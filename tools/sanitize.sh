@@ -32,10 +32,12 @@ operators=(
   tests/loss/test_pixel_cross_entropy.py
   tests/loss/test_hausdorff_dt.py
   tests/loss/test_lovasz_statistics.py
+  tests/loss/test_log_sum.py
   tests/metric/test_confusion_matrix.py
   tests/roi/test_roi_align.py
   tests/roi/test_paste_masks.py
   tests/roi/test_nms.py
+  tests/upsample
 )
 
 echo "sanitize: address, undefined"
