@@ -141,7 +141,9 @@ def _case(problem: Problem) -> Case:
         def _gradient(y: Tensor) -> Tensor:  # made once: its making is no part of the step
             key = (y.shape, y.stride(), y.dtype)
             if key not in gradients:
-                values = torch.randn(y.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+                values = torch.randn(y.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(1)).to(
+                    y.dtype
+                )
                 gradients[key] = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype).copy_(values)
             return gradients[key]
 
