@@ -72,6 +72,19 @@ class Backward : Probabilities<A> {
   A *of_p_, *of_pp_, *of_pg_, *of_ppg_, *of_pos_, *of_neg_, *of_nll_;
   A total_of_nll_ = A(0);
 
+  // Row c of the gradient: value(i) of the vector of pixels from i on. `scratch`: where the row is kept until write_all if it
+  // cannot be written in place; may be what value reads at i.
+  template <typename F>
+  void write_row(void* to, int64_t c, A* scratch, const F& value) {
+    A* row = stage_.row_of_result(to, in_.logits.type, c, scratch);
+    if (stage_.streams(row, scratch)) {
+      for (int64_t i = 0; i < stage_.padded; i += kLane) stream(row + i, value(i));
+    } else {
+      for (int64_t i = 0; i < stage_.padded; i += kLane) store(row + i, value(i));
+    }
+    stage_.write(row, to, in_.logits.type, c);
+  }
+
   // With p_t, h = p_t (of_pg + of_ppg p_t) of the label's class and k = w of_pos q + w sum(of_nll):
   //   dz_c = p_c (of_p + of_pp p_c - D) - w of_nll + [c = t] (h - w of_pos q),
   //   D = sum_c p_c (of_p + of_pp p_c) + h - k.
@@ -141,26 +154,17 @@ class Backward : Probabilities<A> {
       for (int64_t i = 0; i < padded; i += kLane) store(shared_ + i, load(shared_ + i) * load(scale_ + i));
     }
     for (int64_t c = 0; c < in_.classes; ++c) {
-      const A* e = exps_ + c * step;
-      A* row = stage_.row_of_result(to, in_.logits.type, c, exps_ + c * step);
+      A* e = exps_ + c * step;
       const V own = broadcast<A>(A(c)), a = broadcast<A>(of_p_[c]), b = broadcast<A>(of_pp_[c]);
       const V n = broadcast<A>(of_nll_[c]);
-      const auto each = [&](const auto& put) {
-        for (int64_t i = 0; i < padded; i += kLane) {
-          const V p = load(e + i);
-          V factor = load(shared_ + i);
-          if (in_.region) factor += a + b * p;
-          V dz = p * factor + (load(stage_.label + i) == own ? load(delta_ + i) : V{});
-          if (in_.smoothing) dz -= load(stage_.weight + i) * n;
-          put(row + i, dz);
-        }
-      };
-      if (stage_.streams(row, e)) {
-        each([](A* at, V dz) { stream(at, dz); });
-      } else {
-        each([](A* at, V dz) { store(at, dz); });
-      }
-      stage_.write(row, to, in_.logits.type, c);
+      write_row(to, c, e, [&](int64_t i) {
+        const V p = load(e + i);
+        V factor = load(shared_ + i);
+        if (in_.region) factor += a + b * p;
+        V dz = p * factor + (load(stage_.label + i) == own ? load(delta_ + i) : V{});
+        if (in_.smoothing) dz -= load(stage_.weight + i) * n;
+        return dz;
+      });
     }
     stage_.write_all(exps_, to, in_.logits.type);
   }
@@ -194,23 +198,14 @@ class Backward : Probabilities<A> {
     });
     for (int64_t c = 0; c < in_.classes; ++c) {
       const A* from = z.first + c * z.step;
-      A* row = stage_.row_of_result(to, in_.logits.type, c, exps_ + c * step);
       const V own = broadcast<A>(A(c)), n = broadcast<A>(of_nll_[c]);
-      const auto each = [&](const auto& put) {
-        for (int64_t i = 0; i < padded; i += kLane) {
-          __builtin_prefetch(from + step + i, 0, 3);
-          const V factor = load(shared_ + i), p = exp_nonpositive(load(from + i) - load(most_ + i));
-          V dz = p * factor - (load(stage_.label + i) == own ? load(delta_ + i) : V{});
-          if (in_.smoothing) dz -= load(stage_.weight + i) * n;
-          put(row + i, load(stage_.label + i) == none ? V{} : dz);
-        }
-      };
-      if (stage_.streams(row, exps_ + c * step)) {
-        each([](A* at, V dz) { stream(at, dz); });
-      } else {
-        each([](A* at, V dz) { store(at, dz); });
-      }
-      stage_.write(row, to, in_.logits.type, c);
+      write_row(to, c, exps_ + c * step, [&](int64_t i) {
+        __builtin_prefetch(from + step + i, 0, 3);
+        const V factor = load(shared_ + i), p = exp_nonpositive(load(from + i) - load(most_ + i));
+        V dz = p * factor - (load(stage_.label + i) == own ? load(delta_ + i) : V{});
+        if (in_.smoothing) dz -= load(stage_.weight + i) * n;
+        return load(stage_.label + i) == none ? V{} : dz;
+      });
     }
     stage_.write_all(exps_, to, in_.logits.type);
   }
@@ -250,18 +245,9 @@ class Backward : Probabilities<A> {
     }
     for (int64_t c = 0; c < in_.classes; ++c) {
       const A* e = exps_ + c * step;
-      const A* term = terms + c * step;
-      A* row = stage_.row_of_result(to, in_.logits.type, c, terms + c * step);
-      const auto each = [&](const auto& put) {
-        for (int64_t i = 0; i < padded; i += kLane)
-          put(row + i, load(term + i) + load(e + i) * load(scale_ + i) * load(common + i));
-      };
-      if (stage_.streams(row, term)) {
-        each([](A* at, V dz) { stream(at, dz); });
-      } else {
-        each([](A* at, V dz) { store(at, dz); });
-      }
-      stage_.write(row, to, in_.logits.type, c);
+      A* term = terms + c * step;
+      write_row(to, c, term,
+                [&](int64_t i) { return load(term + i) + load(e + i) * load(scale_ + i) * load(common + i); });
     }
     stage_.write_all(terms, to, in_.logits.type);
   }
