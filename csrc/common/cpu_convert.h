@@ -111,6 +111,17 @@ inline void with_type(Element type, const F& f) {
   }
 }
 
+// Calls f.template operator()<T, A>() with the types of elements of floating point and of their arithmetic.
+template <typename F>
+inline auto with_types(Element type, const F& f) {
+  switch (type) {
+    case Element::kFloat: return f.template operator()<float, float>();
+    case Element::kDouble: return f.template operator()<double, double>();
+    case Element::kHalf: return f.template operator()<Half, float>();
+    default: return f.template operator()<BFloat16, float>();
+  }
+}
+
 }  // namespace
 }  // namespace PYSEG_TARGET
 }  // namespace pyseg

@@ -322,17 +322,6 @@ class Paste {
   A* const workspace_;
 };
 
-// Calls f.template operator()<T, A>() with the types of the elements and of the arithmetic.
-template <typename F>
-inline auto with_types(Element type, const F& f) {
-  switch (type) {
-    case Element::kFloat: return f.template operator()<float, float>();
-    case Element::kDouble: return f.template operator()<double, double>();
-    case Element::kHalf: return f.template operator()<Half, float>();
-    default: return f.template operator()<BFloat16, float>();
-  }
-}
-
 int64_t workspace(const PasteArgs& a, int64_t workers) {
   return with_types(a.type, [&]<typename T, typename A>() { return Paste<T, A>::workspace(a, workers); });
 }

@@ -8,17 +8,6 @@ namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
-// Calls f.template operator()<T, A>() with the types of the elements and of the arithmetic.
-template <typename F>
-inline void with_types(Element type, const F& f) {
-  switch (type) {
-    case Element::kFloat: return f.template operator()<float, float>();
-    case Element::kDouble: return f.template operator()<double, double>();
-    case Element::kHalf: return f.template operator()<Half, float>();
-    default: return f.template operator()<BFloat16, float>();
-  }
-}
-
 void forward(const RoiArgs& a, const Workers& workers) {
   with_types(a.type, [&]<typename T, typename A>() { RoiForward<T, A>(a, workers).run(); });
 }

@@ -13,8 +13,7 @@ Tensor forward(const char* op, const char* name, const Tensors& inputs, const In
   const Element type = check_inputs(op, name, inputs);
   check_size(op, size);
   check_scale_factors(op, factors);
-  std::vector<Ints> sizes;
-  for (const Tensor& t : inputs) sizes.push_back(sizes_of(t));
+  const std::vector<Ints> sizes = sizes_of_each(inputs);
   CpuCall call(type, sizes, size[0], size[1], any_channels_last(inputs), align, factors);
   UpsampleArgs& a = call.args;
   Tensor output = new_map(inputs[0], {a.images, a.channels, a.height, a.width}, a.last);

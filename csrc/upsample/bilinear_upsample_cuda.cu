@@ -38,8 +38,7 @@ Tensor forward(const char* op, const char* name, const Tensors& inputs, const In
   check_size(op, size);
   check_scale_factors(op, factors);
   const CudaLaunches launches(op, inputs[0]);
-  std::vector<Ints> sizes;
-  for (const Tensor& t : inputs) sizes.push_back(sizes_of(t));
+  const std::vector<Ints> sizes = sizes_of_each(inputs);
   CudaCall call(op, inputs[0], type, sizes, size[0], size[1], any_channels_last(inputs), align, factors);
   const CudaUpsampleArgs& a = call.args;
   Tensor output = new_map(inputs[0], {a.images, a.channels, a.height, a.width}, call.last);

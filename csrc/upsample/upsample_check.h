@@ -141,6 +141,34 @@ inline Tensor in_layout(const Tensor& t, bool last) {
 
 inline Tensor dense(const Tensor& t, bool last) { return torch::stable::contiguous(t, format_of(last)); }
 
+inline std::vector<Ints> sizes_of_each(const Tensors& tensors) {
+  std::vector<Ints> sizes;
+  for (const Tensor& t : tensors) sizes.push_back(sizes_of(t));
+  return sizes;
+}
+
+// Points the kernels' maps at the inputs, or at copies in the layout, which are `kept`.
+template <typename Map>
+void point_at_inputs(const Tensors& inputs, bool last, Map* maps, Tensors* kept) {
+  for (size_t l = 0; l < inputs.size(); ++l) {
+    const Tensor& t = kept->emplace_back(in_layout(inputs[l], last));
+    Map& map = maps[l];
+    map.input = t.data_ptr();
+    map.image_stride = t.stride(0);
+    map.channel_stride = map.channels == 1 ? 1 : t.stride(1);
+    map.row_stride = t.stride(2);
+    map.column_stride = map.width == 1 ? 1 : t.stride(3);
+  }
+}
+
+// New tensors for the gradients of maps of these sizes, of the dtype and device of `like`; points the maps at them.
+template <typename Map>
+Tensors new_gradients_of(const std::vector<Ints>& sizes, const Tensor& like, bool last, Map* maps) {
+  Tensors grads;
+  for (size_t l = 0; l < sizes.size(); ++l) maps[l].grad = grads.emplace_back(new_map(like, sizes[l], last)).data_ptr();
+  return grads;
+}
+
 // Without elements: gradients that are not wanted.
 inline Tensors empty_like_each(const Tensors& inputs) {
   Tensors empty;

@@ -21,8 +21,7 @@ Tensor upsample_concat_depthwise(Tensors inputs, Tensor weight, std::optional<Te
   const Element type = check_inputs(kDepthwise, "inputs", inputs);
   check_size(kDepthwise, size);
   check_dilations(kDepthwise, dilations);
-  std::vector<Ints> sizes;
-  for (const Tensor& t : inputs) sizes.push_back(sizes_of(t));
+  const std::vector<Ints> sizes = sizes_of_each(inputs);
   CpuCall call(type, sizes, size[0], size[1], any_channels_last(inputs), align_corners, {});
   UpsampleDepthwiseArgs d{};
   const int64_t rates = int64_t(dilations.size()), channels = call.args.channels;

@@ -76,8 +76,7 @@ Tensor upsample_concat_depthwise(Tensors inputs, Tensor weight, std::optional<Te
   check_size(op, size);
   check_dilations(op, dilations);
   const CudaLaunches launches(op, inputs[0]);
-  std::vector<Ints> sizes;
-  for (const Tensor& t : inputs) sizes.push_back(sizes_of(t));
+  const std::vector<Ints> sizes = sizes_of_each(inputs);
   CudaCall call(op, inputs[0], type, sizes, size[0], size[1], any_channels_last(inputs), align_corners, {});
   const int64_t rates = int64_t(dilations.size()), channels = call.args.channels;
   const auto parameter = [&](const char* name, const Tensor& t, const Ints& expected) {

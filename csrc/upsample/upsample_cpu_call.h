@@ -41,24 +41,9 @@ class CpuCall {
   }
   CpuCall(const CpuCall&) = delete;
 
-  void set_inputs(const Tensors& inputs) {
-    for (size_t l = 0; l < inputs.size(); ++l) {
-      const Tensor& t = kept_.emplace_back(in_layout(inputs[l], args.last));
-      UpsampleMap& map = maps_[l];
-      map.input = t.data_ptr();
-      map.image_stride = t.stride(0);
-      map.channel_stride = map.channels == 1 ? 1 : t.stride(1);
-      map.row_stride = t.stride(2);
-      map.column_stride = map.width == 1 ? 1 : t.stride(3);
-    }
-  }
-
-  // New tensors for the gradients, of the dtype and device of `like`.
+  void set_inputs(const Tensors& inputs) { point_at_inputs(inputs, args.last, maps_.data(), &kept_); }
   Tensors new_gradients(const std::vector<Ints>& sizes, const Tensor& like) {
-    Tensors grads;
-    for (size_t l = 0; l < sizes.size(); ++l)
-      maps_[l].grad = grads.emplace_back(new_map(like, sizes[l], args.last)).data_ptr();
-    return grads;
+    return new_gradients_of(sizes, like, args.last, maps_.data());
   }
 
   Workers workers() const {

@@ -64,23 +64,9 @@ class CudaCall {
   }
   CudaCall(const CudaCall&) = delete;
 
-  void set_inputs(const Tensors& inputs) {
-    for (size_t l = 0; l < inputs.size(); ++l) {
-      const Tensor& t = kept_.emplace_back(in_layout(inputs[l], last));
-      CudaMap& map = args.map[l];
-      map.input = t.data_ptr();
-      map.image_stride = t.stride(0);
-      map.channel_stride = map.channels == 1 ? 1 : t.stride(1);
-      map.row_stride = t.stride(2);
-      map.column_stride = map.width == 1 ? 1 : t.stride(3);
-    }
-  }
-
+  void set_inputs(const Tensors& inputs) { point_at_inputs(inputs, last, args.map, &kept_); }
   Tensors new_gradients(const std::vector<Ints>& sizes, const Tensor& like) {
-    Tensors grads;
-    for (size_t l = 0; l < sizes.size(); ++l)
-      args.map[l].grad = grads.emplace_back(new_map(like, sizes[l], last)).data_ptr();
-    return grads;
+    return new_gradients_of(sizes, like, last, args.map);
   }
 
   void launch_taps(const CudaLaunches& launches) const {
