@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyseg._ops.segmentation_statistics import check, check_logits, check_target, no_double_backward
+from pyseg._ops.segmentation_statistics import check, check_logits, check_target, no_double_backward, wide_dtype
 
 _OP = torch.ops.pyseg._hausdorff_dt.default
 
@@ -15,7 +15,7 @@ def _fake(
     check_logits(op, logits, "softmax")
     check(op, target.dtype == torch.uint8, f"target must be uint8 labels, got {target.dtype}")
     check_target(op, target, logits)
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(logits)
     return logits.new_empty(logits.shape[:2], dtype=torch.float64), logits.new_empty(logits.shape, dtype=wide)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyseg._ops.segmentation_statistics import check_logits, check_target, empty_like_logits
+from pyseg._ops.segmentation_statistics import check_logits, check_target, empty_like_logits, wide_dtype
 
 _OP = torch.ops.pyseg.lovasz_statistics.default
 _VJP = torch.ops.pyseg._activation_vjp.default
@@ -23,7 +23,7 @@ def _fake(
     check_logits("lovasz_statistics", logits, "none" if activation == "hinge" else activation)
     check_target("lovasz_statistics", target, logits)
     groups = logits.shape[0] if per_image else 1
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(logits)
     return logits.new_empty((groups, logits.shape[1]), dtype=torch.float64), empty_like_logits(logits, wide)
 
 

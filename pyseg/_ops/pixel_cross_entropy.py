@@ -20,6 +20,7 @@ from pyseg._ops.segmentation_statistics import (
     empty_like_logits,
     empty_log_sum,
     no_double_backward,
+    wide_dtype,
 )
 
 _FORWARD = torch.ops.pyseg.pixel_cross_entropy.default
@@ -48,7 +49,7 @@ def _fake_forward(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     _check_arguments("pixel_cross_entropy", logits, target, class_weight, activation, label_smoothing)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(logits)
     if activation == "softmax":
         loss = logits.new_empty((logits.shape[0], *logits.shape[2:]), dtype=dtype)
     else:

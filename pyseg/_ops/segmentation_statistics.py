@@ -74,18 +74,23 @@ def empty_like_logits(logits: Tensor, dtype: torch.dtype | None = None) -> Tenso
     return torch.empty(logits.shape, dtype=dtype or logits.dtype, device=logits.device, memory_format=memory_format)
 
 
+def wide_dtype(logits: Tensor) -> torch.dtype:
+    """What is computed in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 LOG_SUM_CLASSES = 20  # from which on the CPU keeps log(sum(exp(z))) of a softmax with labels for the backward pass
 
 
 def empty_log_sum(logits: Tensor, activation: str, dense: bool) -> Tensor:
     """What the forward pass keeps: [N, *S], or [0] where that is nothing."""
     kept = logits.device.type == "cpu" and activation == "softmax" and not dense and logits.shape[1] >= LOG_SUM_CLASSES
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(logits)
     return logits.new_empty([logits.shape[0], *logits.shape[2:]] if kept else [0], dtype=dtype)
 
 
 def check_log_sum(op: str, log_sum: Tensor, logits: Tensor) -> None:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(logits)
     check(op, log_sum.dtype == dtype, f"log_sum must be {str(dtype)[6:]}, got {log_sum.dtype}")
     pixels = [logits.shape[0], *logits.shape[2:]]
     check_shape(op, "log_sum", log_sum, [0] if log_sum.dim() == 1 else pixels)  # [0]: none was kept
