@@ -28,8 +28,7 @@ def assert_near(got, expected, tolerance=1e-5):
 
 
 def expected_of(features, values, accuracy="fast"):
-    scale, cutoff = LEVELS[accuracy]
-    return reference.permutohedral_filter(features, values, scale=scale, cutoff=cutoff)
+    return reference.permutohedral_filter(features, values, **LEVELS[accuracy]._asdict())
 
 
 # ---- the lattice ----
