@@ -131,7 +131,7 @@ class Bound:
         message = self.message(values.to(self.compatibility.dtype))
         if self.compatibility.dim() == 1:
             return message * self.compatibility.reshape(-1, *[1] * (values.dim() - 2))
-        # As a convolution, whose gradients have the same bits for every number of threads; those of torch.matmul have not.
+        # As a convolution, whose gradients have the same bits for every number of threads; torch.matmul's have not.
         maps = message.flatten(2).unsqueeze(2)
         return atrous_conv2d(maps, self.compatibility[:, :, None, None], padding=0).reshape(values.shape)
 
