@@ -93,6 +93,7 @@ torch.library.register_fake(_BACKWARD, _fake_backward)
 
 def pixel_coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """[8, height, width]: xmin, ymin, xmax, ymax, xcentre and ycentre of each pixel in [-1, 1], 1/width, 1/height."""
+
     def centres(n: int) -> Tensor:
         return (torch.arange(n, dtype=dtype, device=device) * 2 + (1 - n)) / n
 
@@ -104,7 +105,7 @@ def pixel_coordinates(height: int, width: int, dtype: torch.dtype, device: torch
 def _composed(
     input: Tensor, weight: Tensor, offset: Tensor, coordinates: Tensor, normalize: bool, relu: bool
 ) -> Tensor:
-    pixels = pixel_coordinates(*input.shape[2:], input.dtype, input.device)
+    pixels = pixel_coordinates(input.shape[2], input.shape[3], input.dtype, input.device)
     x = F.normalize(input, dim=1) if normalize else input
     y = F.conv2d(x, weight[:, :, None, None]) + offset.to(input.dtype)[:, :, None, None]
     y = y + torch.einsum("kc,chw->khw", coordinates.to(input.dtype), pixels)
@@ -126,9 +127,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         # Views, so that a weight that was itself made from the input counts as another argument.
         views = [each.view_as(each) for each in inputs]
         wanted = [view for view, need in zip(views, needed, strict=True) if need]
-        y = _composed(*views, ctx.normalize, ctx.relu)
-        grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-        return *(next(grads) if need else None for need in needed), None, None
+        y = _composed(views[0], views[1], views[2], views[3], ctx.normalize, ctx.relu)
+        composed = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+        return *(next(composed) if need else None for need in needed), None, None
     input, weight, offset, coordinates = inputs
     grads = _BACKWARD(grad, input, weight, output, scale, needed[0], needed[1])
     wide = (grads[0], grads[1], grads[2].to(offset.dtype), grads[3].to(coordinates.dtype))

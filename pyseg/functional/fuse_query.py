@@ -76,7 +76,8 @@ def fuse_query(
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"{op}: {name} must be on {input.device} like input, got {tensor.device}")
 
-    of_map, of_query, of_coordinates = weight.flatten(1).split([channels, query.shape[1], COORDINATES], 1)
+    parts = [channels, query.shape[1], COORDINATES]
+    of_map, of_query, of_coordinates = torch.split(weight.flatten(1), parts, 1)
     offset = F.linear(F.normalize(query, dim=1) if normalize else query, of_query, bias)
     output: Tensor = torch.ops.pyseg.fuse_query(input, of_map, offset, of_coordinates, normalize, relu)[0]
     return output

@@ -12,8 +12,8 @@ from pyseg.functional.fuse_query import fuse_query
 class FuseQuery(nn.Module):
     r"""The 1x1 convolution of a map, a vector tiled over it and eight coordinates of each pixel, without that tensor.
 
-    See `pyseg.functional.fuse_query` for the formula, dtypes, layouts and errors. Parameters and state_dict are those of
-    `torch.nn.Conv2d(in_channels + query_channels + 8, out_channels, 1)`, and so is how they are drawn.
+    See `pyseg.functional.fuse_query` for the formula, dtypes, layouts and errors. Parameters and state_dict are those
+    of `torch.nn.Conv2d(in_channels + query_channels + 8, out_channels, 1)`, and so is how they are drawn.
 
     Args:
         in_channels, query_channels: of the map and of the vector.
@@ -24,6 +24,8 @@ class FuseQuery(nn.Module):
 
     Input [N, in_channels, H, W] and [N, query_channels], result [N, out_channels, H, W].
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
