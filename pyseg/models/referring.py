@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyseg._ops.fuse_query import COORDINATES
 from pyseg.functional import bilinear_upsample
 from pyseg.nn import AtrousConv2d, FuseQuery
 
@@ -34,8 +35,7 @@ class SentenceEncoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(words, embedding, padding_idx=0)
         self.lstm = nn.LSTM(embedding, channels, batch_first=True)
-        with torch.no_grad():
-            self.lstm.bias_ih_l0[channels : 2 * channels] = 2
+        nn.init.constant_(self.lstm.get_parameter("bias_ih_l0")[channels : 2 * channels].detach(), 2)
 
     def forward(self, words: Tensor) -> Tensor:
         states, _ = self.lstm(self.embedding(words))
@@ -89,9 +89,9 @@ class ReferringSegmenter(nn.Module):
         self.visual = nn.Sequential(*layers)
         self.sentence = SentenceEncoder(words, embedding, sentence_channels)
         self.fuse = FuseQuery(before, sentence_channels, fused_channels, normalize=True, relu=True)
-        with torch.no_grad():  # vectors of length one need weights of about one to make numbers of about one
-            nn.init.normal_(self.fuse.weight[:, :-8])
-            nn.init.normal_(self.fuse.weight[:, -8:], std=0.4)
+        # Vectors of length one need weights of about one to make numbers of about one.
+        nn.init.normal_(self.fuse.weight.detach()[:, :-COORDINATES])
+        nn.init.normal_(self.fuse.weight.detach()[:, -COORDINATES:], std=0.4)
         self.context = nn.Sequential(*(_Context(fused_channels, rate) for rate in rates))
         self.classify = nn.Conv2d(fused_channels, 1, 1)
 

@@ -17,16 +17,15 @@ def fuse_query(
     images, _, height, width = input.shape
     if normalize:
         input, query = F.normalize(input, dim=1), F.normalize(query, dim=1)
-    coordinates = torch.empty(8, height, width, dtype=input.dtype)
+    coordinates = []
     for i in range(height):
         for j in range(width):
             x_min, x_max = 2 * j / width - 1, 2 * (j + 1) / width - 1
             y_min, y_max = 2 * i / height - 1, 2 * (i + 1) / height - 1
             centre = ((x_min + x_max) / 2, (y_min + y_max) / 2)
-            coordinates[:, i, j] = torch.tensor(
-                [x_min, y_min, x_max, y_max, *centre, 1 / width, 1 / height], dtype=input.dtype
-            )
+            coordinates.append([x_min, y_min, x_max, y_max, *centre, 1 / width, 1 / height])
+    pixels = torch.tensor(coordinates, dtype=input.dtype).t().reshape(8, height, width)
     tiled = query[:, :, None, None].expand(-1, -1, height, width)
-    stacked = torch.cat([input, tiled, coordinates.expand(images, -1, -1, -1)], 1)
+    stacked = torch.cat([input, tiled, pixels.expand(images, -1, -1, -1)], 1)
     output = F.conv2d(stacked, weight, bias)
     return output.relu() if relu else output

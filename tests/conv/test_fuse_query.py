@@ -1,5 +1,7 @@
 """fuse_query against its definition, the convolution of the tiled concatenation, and finite differences."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pyseg
+from cpu_targets import run_on_cpu_target
 from cuda_budget import cuda_budget
 from devices import ORDERS, fake_gpu
 from drawn import drawn_settings
@@ -244,7 +247,15 @@ def test_opcheck(device, layout):
     for normalize, relu in ((True, True), (False, False)):
         torch.library.opcheck(torch.ops.pyseg.fuse_query.default, (*tensors, normalize, relu))
     y, scale = torch.ops.pyseg.fuse_query(*tensors, True, True)
-    arguments = (draw(y.shape).to(device), tensors[0].detach(), tensors[1].detach(), y.detach(), scale, True, True)
+    arguments = (
+        draw(y.shape).to(device),
+        tensors[0].detach(),
+        tensors[1].detach(),
+        y.detach(),
+        scale.detach(),
+        True,
+        True,
+    )
     torch.library.opcheck(torch.ops.pyseg._fuse_query_backward.default, arguments)
 
 
@@ -345,6 +356,22 @@ def test_operator_errors(device):
         torch.ops.pyseg._fuse_query_backward(y[..., 1:], x, weight, None, None, True, True)
     with pytest.raises(RuntimeError, match=r"_fuse_query_backward: scale must be \[2, 4, 7\], got \[2, 7\]"):
         torch.ops.pyseg._fuse_query_backward(y, x, weight, None, y[:, 0, 0], True, True)
+
+
+CPU_TARGET_SCRIPT = """
+import pyseg._loader
+import test_fuse_query as tests
+assert pyseg._loader._C.cpu_capability() == {capability!r}
+for dtype in tests.DTYPES:
+    for layout in tests.LAYOUTS[:2]:
+        tests.test_dtypes_and_layouts("cpu", dtype, layout)
+"""
+
+
+@pytest.mark.parametrize("capability", sorted({"baseline", "avx2", "avx512"} - {pyseg.build_info().cpu_capability}))
+def test_cpu_capability(capability):
+    """The kernels of every other instruction set that this machine has, each in a process of its own."""
+    run_on_cpu_target(capability, CPU_TARGET_SCRIPT.format(capability=capability), Path(__file__).parent)
 
 
 # ---- what the CUDA kernels do ----
