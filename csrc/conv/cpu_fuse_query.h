@@ -51,7 +51,8 @@ inline void finish_run(const A* stage, T* to, int64_t count) {
 template <typename T, typename A>
 class FuseQuery {
  public:
-  explicit FuseQuery(const FuseQueryArgs& a) : a_(a), pixels_(a.height * a.width) {}
+  explicit FuseQuery(const FuseQueryArgs& a)
+      : a_(a), pixels_(a.height * a.width), inverse_height_(A(1) / A(a.height)), inverse_width_(A(1) / A(a.width)) {}
 
   // One over the norm of each pixel.
   void scale(const Workers& workers) const {
@@ -201,7 +202,7 @@ class FuseQuery {
 
   fuse::Ramp<A> ramp(int64_t k) const {
     const A* const weights = static_cast<const A*>(a_.coordinates) + k * fuse::kCoordinates;
-    return fuse::ramp_of(weights, A(1) / A(a_.height), A(1) / A(a_.width));
+    return fuse::ramp_of(weights, inverse_height_, inverse_width_);
   }
   A offset(int64_t plane) const { return static_cast<const A*>(a_.offset)[plane]; }
 
@@ -209,8 +210,8 @@ class FuseQuery {
   void centres(int64_t begin, int64_t count, A* u, A* v) const {
     int64_t row = begin / a_.width, column = begin % a_.width;
     for (int64_t i = 0; i < count; ++i) {
-      u[i] = fuse::centre_of<A>(column, a_.width);
-      v[i] = fuse::centre_of<A>(row, a_.height);
+      u[i] = fuse::centre_of(column, a_.width, inverse_width_);
+      v[i] = fuse::centre_of(row, a_.height, inverse_height_);
       if (++column == a_.width) {
         column = 0;
         ++row;
@@ -256,11 +257,12 @@ class FuseQuery {
           column[i] = slopes[i].column;
         }
         for (int64_t row = first; row < last; ++row) {
-          const A v = fuse::centre_of<A>(row % a_.height, a_.height);
+          const A v = fuse::centre_of(row % a_.height, a_.height, inverse_height_);
           for (int64_t i = 0; i < count; ++i)
             constant[i] = offset(row / a_.height * a_.channels + k + i) + slopes[i].constant + slopes[i].row * v;
           for (int64_t j = 0; j < a_.width; ++j) {
-            const A u = fuse::centre_of<A>(j, a_.width), scale = kScaled ? scale_at(row * a_.width + j) : A(1);
+            const A u = fuse::centre_of(j, a_.width, inverse_width_),
+                    scale = kScaled ? scale_at(row * a_.width + j) : A(1);
             T* const at = static_cast<T*>(a_.output) + (row * a_.width + j) * a_.channels + k;
             const A* const from = as_run<A>(at, stage, count);
             A* const to = target_run(at, stage);
@@ -359,7 +361,7 @@ class FuseQuery {
     int64_t i = begin / a_.width, j = begin % a_.width;
     for (int64_t p = begin; p < end; ++p) {
       const int64_t pixel = image * pixels_ + p, at = pixel * a_.channels + k;
-      const A u = fuse::centre_of<A>(j, a_.width), v = fuse::centre_of<A>(i, a_.height);
+      const A u = fuse::centre_of(j, a_.width, inverse_width_), v = fuse::centre_of(i, a_.height, inverse_height_);
       const A scale = a_.scale != nullptr ? scale_at(pixel) : A(1);
       const A* const grad = group_of(a_.grad, at, stage_g);
       const A* const y = a_.relu ? group_of(a_.output, at, stage_y) : nullptr;
@@ -402,13 +404,14 @@ class FuseQuery {
           total.constant += constant;
         }
         A* const to = static_cast<A*>(a_.grad_coordinates) + k * fuse::kCoordinates;
-        fuse::coordinates_gradient(total, A(1) / A(a_.height), A(1) / A(a_.width), to);
+        fuse::coordinates_gradient(total, inverse_height_, inverse_width_, to);
       }
     });
   }
 
   const FuseQueryArgs& a_;
   const int64_t pixels_;
+  const A inverse_height_, inverse_width_;
 };
 
 }  // namespace

@@ -26,7 +26,14 @@ class Call {
   bool last;
 
   Call(const char* op, const Sizes& s, bool channels_last, const CudaLaunches& launches)
-      : sizes{s.images, s.inputs, s.channels, s.pixels(), int(s.height), int(s.width)},
+      : sizes{s.images,
+              s.inputs,
+              s.channels,
+              s.pixels(),
+              int(s.height),
+              int(s.width),
+              1. / double(s.height),
+              1. / double(s.width)},
         last(channels_last),
         op_(op),
         launches_(launches) {

@@ -38,6 +38,7 @@ constexpr int kWide = std::is_same_v<T, double> ? 1 : atrous::kVectorBytes / int
 struct FuseSizes {
   int64_t images, inputs, channels, pixels;
   int height, width;
+  double inverse_height, inverse_width;
 };
 
 // [N + 2, K]: the constant of each image, then column and row of all.
@@ -47,23 +48,40 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= s.images * s.channels) return;
   const int64_t k = i % s.channels;
-  const Ramp<A> ramp = ramp_of(coordinates + k * kCoordinates, A(1) / A(s.height), A(1) / A(s.width));
+  const Ramp<A> ramp = ramp_of(coordinates + k * kCoordinates, A(s.inverse_height), A(s.inverse_width));
   table[i] = offset[i] + ramp.constant;
   if (i >= s.channels) return;
   table[s.images * s.channels + i] = ramp.column;
   table[(s.images + 1) * s.channels + i] = ramp.row;
 }
 
-// The centres of pixels that follow each other.
-template <typename A>
-struct Centre {
-  int64_t row, column;
-  __device__ __forceinline__ Centre(const FuseSizes& s, int64_t pixel) { row = divide(pixel, s.width, &column); }
-  __device__ __forceinline__ A u(const FuseSizes& s) const { return centre_of<A>(column, s.width); }
-  __device__ __forceinline__ A v(const FuseSizes& s) const { return centre_of<A>(row, s.height); }
+// A pixel, which moves on without a division.
+struct Pixel {
+  int row, column;
+  __device__ __forceinline__ Pixel(const FuseSizes& s, int64_t pixel) {
+    int64_t rest;
+    row = int(divide(pixel, s.width, &rest));
+    column = int(rest);
+  }
+  template <typename A>
+  __device__ __forceinline__ A u(const FuseSizes& s) const {
+    return centre_of(column, s.width, A(s.inverse_width));
+  }
+  template <typename A>
+  __device__ __forceinline__ A v(const FuseSizes& s) const {
+    return centre_of(row, s.height, A(s.inverse_height));
+  }
   __device__ __forceinline__ void next(const FuseSizes& s) {
     if (++column < s.width) return;
     column = 0;
+    ++row;
+  }
+  // By as many pixels as `step` is from the first.
+  __device__ __forceinline__ void skip(const FuseSizes& s, const Pixel& step) {
+    row += step.row;
+    column += step.column;
+    if (column < s.width) return;
+    column -= s.width;
     ++row;
   }
 };
@@ -71,6 +89,23 @@ struct Centre {
 template <typename A>
 __device__ __forceinline__ A relu_of(A x, bool relu) {
   return relu && x < A(0) ? A(0) : x;  // a NaN stays
+}
+
+// Those of kVec pixels side by side, in loads of 16 bytes; ones where there are none.
+template <int kVec, typename A>
+__device__ __forceinline__ void load_scales(const A* from, A (&to)[kVec]) {
+  constexpr int kPart = kVec == 1 ? 1 : 4;
+#pragma unroll
+  for (int i = 0; i < kVec; i += kPart) {
+    if (from == nullptr) {
+#pragma unroll
+      for (int j = 0; j < kPart; ++j) to[i + j] = A(1);
+      continue;
+    }
+    const Vector<A, kPart> part = Vector<A, kPart>::load(from + i);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) to[i + j] = part.at[j];
+  }
 }
 
 // Grid: chunks of planes x planes. kVec divides the pixels of a plane.
@@ -88,12 +123,14 @@ __global__ void __launch_bounds__(kThreads)
           row = table[(s.images + 1) * s.channels + k];
   T* const at = output + plane * s.pixels + pixel;
   Vector<T, kVec> values = Vector<T, kVec>::load(at);
-  Centre<A> centre(s, pixel);
+  A factors[kVec];
+  load_scales(scale != nullptr ? scale + image * s.pixels + pixel : nullptr, factors);
+  Pixel at_pixel(s, pixel);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    const A z = widen(values.at[i]) * (scale != nullptr ? scale[image * s.pixels + pixel + i] : A(1));
-    values.at[i] = narrow<T>(relu_of(z + constant + column * centre.u(s) + row * centre.v(s), relu));
-    centre.next(s);
+    const A z = widen(values.at[i]) * factors[i];
+    values.at[i] = narrow<T>(relu_of(z + constant + column * at_pixel.u<A>(s) + row * at_pixel.v<A>(s), relu));
+    at_pixel.next(s);
   }
   values.store(at);
 }
@@ -128,9 +165,10 @@ __global__ void __launch_bounds__(kThreads)
     column[i] = table[s.images * s.channels + at.channel + i];
     row[i] = table[(s.images + 1) * s.channels + at.channel + i];
   }
-  for (int64_t p = at.first + threadIdx.y; p < at.last; p += kWarps) {
-    const Centre<A> centre(s, p);
-    const A u = centre.u(s), v = centre.v(s), factor = scale != nullptr ? scale[at.image * s.pixels + p] : A(1);
+  const Pixel step(s, kWarps);
+  Pixel pixel(s, at.first + threadIdx.y);
+  for (int64_t p = at.first + threadIdx.y; p < at.last; p += kWarps, pixel.skip(s, step)) {
+    const A u = pixel.u<A>(s), v = pixel.v<A>(s), factor = scale != nullptr ? scale[at.image * s.pixels + p] : A(1);
     T* const to = output + (at.image * s.pixels + p) * s.channels + at.channel;
     Vector<T, kVec> values = Vector<T, kVec>::load(to);
 #pragma unroll
@@ -163,10 +201,11 @@ __device__ __forceinline__ void gate_elements(const GateMaps<T>& maps, int64_t a
     for (int i = 0; i < kVec; ++i) g[i] = widen(y.at[i]) <= A(0) ? A(0) : g[i];
   }
   if (maps.gated == nullptr) return;
+  A factors[kOnePixel ? 1 : kVec];
+  load_scales(maps.scale != nullptr ? maps.scale + pixel : nullptr, factors);
   Vector<T, kVec> stored;
 #pragma unroll
-  for (int i = 0; i < kVec; ++i)
-    stored.at[i] = narrow<T>(g[i] * (maps.scale != nullptr ? maps.scale[pixel + (kOnePixel ? 0 : i)] : A(1)));
+  for (int i = 0; i < kVec; ++i) stored.at[i] = narrow<T>(g[i] * factors[kOnePixel ? 0 : i]);
   stored.store(maps.gated + at);
 }
 
@@ -190,16 +229,18 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = part * kPlanePart;
   const int64_t end = begin + kPlanePart < s.pixels ? begin + kPlanePart : s.pixels;
   A constant = 0, column = 0, row = 0;
-  for (int64_t p = begin + lane * kVec; p < end; p += kWarp * kVec) {
+  const Pixel step(s, kWarp * kVec);
+  Pixel pixel(s, begin + lane * kVec);
+  for (int64_t p = begin + lane * kVec; p < end; p += kWarp * kVec, pixel.skip(s, step)) {
     A g[kVec];
     gate_elements<kVec, false>(maps, plane * s.pixels + p, image * s.pixels + p, g);
-    Centre<A> centre(s, p);
+    Pixel of = pixel;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       constant += g[i];
-      column += g[i] * centre.u(s);
-      row += g[i] * centre.v(s);
-      centre.next(s);
+      column += g[i] * of.u<A>(s);
+      row += g[i] * of.v<A>(s);
+      of.next(s);
     }
   }
   constant = warp_sum(constant);
@@ -219,12 +260,13 @@ __global__ void __launch_bounds__(kThreads)
   const PixelBlock<kVec> at(s, groups, parts, kGatePixels);
   A sum[kSums] = {};
   if (at.channel < s.channels) {
-    for (int64_t p = at.first + threadIdx.y; p < at.last; p += kWarps) {
-      const int64_t pixel = at.image * s.pixels + p;
+    const Pixel step(s, kWarps);
+    Pixel pixel(s, at.first + threadIdx.y);
+    for (int64_t p = at.first + threadIdx.y; p < at.last; p += kWarps, pixel.skip(s, step)) {
+      const int64_t index = at.image * s.pixels + p;
       A g[kVec];
-      gate_elements<kVec, true>(maps, pixel * s.channels + at.channel, pixel, g);
-      const Centre<A> centre(s, p);
-      const A u = centre.u(s), v = centre.v(s);
+      gate_elements<kVec, true>(maps, index * s.channels + at.channel, index, g);
+      const A u = pixel.u<A>(s), v = pixel.v<A>(s);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         sum[i] += g[i];
@@ -272,7 +314,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int w = 1; w < kWarps; ++w)
 #pragma unroll
     for (int j = 0; j < 3; ++j) total[j] += partial[w][j][threadIdx.x];
-  coordinates_gradient(Ramp<A>{total[0], total[1], total[2]}, A(1) / A(s.height), A(1) / A(s.width),
+  coordinates_gradient(Ramp<A>{total[0], total[1], total[2]}, A(s.inverse_height), A(s.inverse_width),
                        grad_coordinates + k * kCoordinates);
 }
 

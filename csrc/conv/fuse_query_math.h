@@ -24,10 +24,10 @@ struct Ramp {
   A constant, column, row;
 };
 
-// The centre of element i of n.
+// The centre of element i of n, `inverse` = 1 / n.
 template <typename A>
-PYSEG_FUSE_INLINE A centre_of(int64_t i, int64_t n) {
-  return A(2 * i + 1 - n) / A(n);
+PYSEG_FUSE_INLINE A centre_of(int64_t i, int64_t n, A inverse) {
+  return A(2 * i + 1 - n) * inverse;
 }
 
 template <typename A>
@@ -40,8 +40,14 @@ PYSEG_FUSE_INLINE Ramp<A> ramp_of(const A* w /* [8] */, A inverse_height, A inve
 template <typename A>
 PYSEG_FUSE_INLINE void coordinates_gradient(const Ramp<A>& sum, A inverse_height, A inverse_width, A* grad /* [8] */) {
   const A x = sum.constant * inverse_width, y = sum.constant * inverse_height;
-  const A g[kCoordinates] = {sum.column - x, sum.row - y, sum.column + x, sum.row + y, sum.column, sum.row, x, y};
-  for (int i = 0; i < kCoordinates; ++i) grad[i] = g[i];
+  grad[0] = sum.column - x;
+  grad[1] = sum.row - y;
+  grad[2] = sum.column + x;
+  grad[3] = sum.row + y;
+  grad[4] = sum.column;
+  grad[5] = sum.row;
+  grad[6] = x;
+  grad[7] = y;
 }
 
 }  // namespace pyseg::fuse

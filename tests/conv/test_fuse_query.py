@@ -390,7 +390,7 @@ def test_every_kernel(device, dtype, layout):
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_budget(device, layout):
-    """Each map is read and written once; projecting reads its two twice."""
+    """Each map is read and written once, scales again for every plane; projecting reads its two maps twice."""
     x, _, weight, _ = make_arguments(1, 64, 3, 64, (16, 32), layout=layout)
     tensors = [t.to(device) for t in (x, weight[:, :64, 0, 0], draw((1, 64)), draw((64, 8)))]
     name = "pixels" if layout == "channels_last" else "planes"
@@ -403,7 +403,7 @@ def test_budget(device, layout):
     )
     arguments = (grad.to(device), *tensors[:2], y, scale, True, True)
     with cuda_budget(
-        f"::fuse_query_gate_{name}<", launches=1, min_bytes=3 * y.nbytes, bytes_ratio=1.3, bank_conflicts=1.0
+        f"::fuse_query_gate_{name}<", launches=1, min_bytes=3 * y.nbytes, bytes_ratio=1.4, bank_conflicts=1.0
     ):
         torch.ops.pyseg._fuse_query_backward(*arguments)
     with cuda_budget(f"::fuse_query_project_{name}<", launches=1, min_bytes=5 * x.nbytes, bytes_ratio=1.1):
