@@ -26,10 +26,11 @@ using atrous::Vector;
 constexpr int kWarp = 32;
 constexpr int kWarps = 4;  // of a block
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kAddPixels = 64;    // channels_last: of a block of fuse_query_add
-constexpr int kGatePixels = 128;  // channels_last: of a block of fuse_query_gate
-constexpr int kPlanePart = 1024;  // pixels of a plane that a warp of fuse_query_gate sums up
-constexpr int kDotWarps = 8;      // contiguous: of a block that sums up channels
+constexpr int kBlocksOfProcessor = 8;  // leaves 64 registers, where the compiler's own choice is fewer and a spill
+constexpr int kAddPixels = 64;         // channels_last: of a block of fuse_query_add
+constexpr int kGatePixels = 128;       // channels_last: of a block of fuse_query_gate
+constexpr int kPlanePart = 1024;       // pixels of a plane that a warp of fuse_query_gate sums up
+constexpr int kDotWarps = 8;           // contiguous: of a block that sums up channels
 
 // Elements of 16 bytes; float64 gets no kernels of its own for that.
 template <typename T>
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   table[(s.images + 1) * s.channels + i] = ramp.row;
 }
 
-// A pixel, which moves on without a division.
+// A pixel, which moves on without a division; or how many rows and columns a number of pixels is.
 struct Pixel {
   int row, column;
   __device__ __forceinline__ Pixel(const FuseSizes& s, int64_t pixel) {
@@ -63,6 +64,7 @@ struct Pixel {
     row = int(divide(pixel, s.width, &rest));
     column = int(rest);
   }
+  __device__ __forceinline__ Pixel(const FuseSizes& s, int pixels) : row(pixels / s.width), column(pixels % s.width) {}
   template <typename A>
   __device__ __forceinline__ A u(const FuseSizes& s) const {
     return centre_of(column, s.width, A(s.inverse_width));
@@ -91,20 +93,24 @@ __device__ __forceinline__ A relu_of(A x, bool relu) {
   return relu && x < A(0) ? A(0) : x;  // a NaN stays
 }
 
-// Those of kVec pixels side by side, in loads of 16 bytes; ones where there are none.
+// Those of kVec pixels side by side, which are 1 where there are none.
 template <int kVec, typename A>
 __device__ __forceinline__ void load_scales(const A* from, A (&to)[kVec]) {
-  constexpr int kPart = kVec == 1 ? 1 : 4;
 #pragma unroll
-  for (int i = 0; i < kVec; i += kPart) {
-    if (from == nullptr) {
+  for (int i = 0; i < kVec; ++i) to[i] = A(1);
+  if (from == nullptr) return;
+  if constexpr (kVec == 1) {
+    to[0] = __ldg(from);
+  } else {
+    static_assert(sizeof(A) == 4 && kVec % 4 == 0, "float64 has no vectors");
 #pragma unroll
-      for (int j = 0; j < kPart; ++j) to[i + j] = A(1);
-      continue;
+    for (int i = 0; i < kVec; i += 4) {
+      const float4 part = __ldg(reinterpret_cast<const float4*>(from + i));  // a plain load would be split
+      to[i] = part.x;
+      to[i + 1] = part.y;
+      to[i + 2] = part.z;
+      to[i + 3] = part.w;
     }
-    const Vector<A, kPart> part = Vector<A, kPart>::load(from + i);
-#pragma unroll
-    for (int j = 0; j < kPart; ++j) to[i + j] = part.at[j];
   }
 }
 
@@ -218,7 +224,7 @@ __device__ __forceinline__ A warp_sum(A x) {
 
 // A warp takes kPlanePart pixels of a plane. sums: [N, parts, 3, K].
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksOfProcessor)
     fuse_query_gate_planes(FuseSizes s, unsigned parts, GateMaps<T> maps, Accumulator<T>* sums) {
   using A = Accumulator<T>;
   const int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -289,7 +295,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Block: 32 channels x kWarps, which share the images.
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksOfProcessor)
     fuse_query_add_sums(FuseSizes s, int64_t parts, const A* sums /* [N, parts, 3, K] */, A* grad_offset /* [N, K] */,
                         A* grad_coordinates /* [K, 8] */) {
   __shared__ A partial[kWarps][3][kWarp];
