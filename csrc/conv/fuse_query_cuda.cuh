@@ -212,7 +212,14 @@ __device__ __forceinline__ void gate_elements(const GateMaps<T>& maps, int64_t a
   Vector<T, kVec> stored;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) stored.at[i] = narrow<T>(g[i] * factors[kOnePixel ? 0 : i]);
-  stored.store(maps.gated + at);
+  if constexpr (kVec == 1) {
+    maps.gated[at] = stored.at[0];
+  } else {
+    uint4 bits;
+    static_assert(sizeof(bits) == sizeof(stored), "vectors are of 16 bytes");
+    __builtin_memcpy(&bits, stored.at, sizeof(bits));
+    __stwb(reinterpret_cast<uint4*>(maps.gated + at), bits);  // a plain store would be split
+  }
 }
 
 template <typename A>
