@@ -36,6 +36,7 @@ from pyseg.functional.surface_distance import average_surface_distance as averag
 from pyseg.functional.surface_distance import hausdorff_distance as hausdorff_distance
 from pyseg.functional.surface_distance import surface_dice as surface_dice
 from pyseg.functional.upsample_concat_depthwise import upsample_concat_depthwise as upsample_concat_depthwise
+from pyseg.functional.warp_to_view import warp_to_view as warp_to_view
 
 __all__ = [
     "FeatureKernel",
@@ -72,5 +73,6 @@ __all__ = [
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",
+    "warp_to_view",
     *_losses,
 ]
