@@ -34,17 +34,19 @@ ViewDepth depth_of(const Tensor& t) {
 
 ViewWarpArgs args_of(const Geometry& g, Element type, int64_t channels, bool last,
                      const std::vector<Projection>& projections) {
-  return {.type = type,
-          .keys = g.keys,
-          .views = g.views,
-          .channels = channels,
-          .key_height = g.key_height,
-          .key_width = g.key_width,
-          .visibility = g.visibility,
-          .projection = projections.data(),
-          .depth = depth_of(g.depth),
-          .source_depth = depth_of(g.source_depth),
-          .last = last};
+  ViewWarpArgs a{};
+  a.type = type;
+  a.keys = g.keys;
+  a.views = g.views;
+  a.channels = channels;
+  a.key_height = g.key_height;
+  a.key_width = g.key_width;
+  a.visibility = g.visibility;
+  a.projection = projections.data();
+  a.depth = depth_of(g.depth);
+  a.source_depth = depth_of(g.source_depth);
+  a.last = last;
+  return a;
 }
 
 // A pixel takes about as long as 20 multiply-adds, and 4 a channel.

@@ -35,14 +35,14 @@ PYSEG_VIEW_INLINE Projection projection_of(const F* key, const F* source, const 
   for (int i = 0; i < 3; ++i) {
     for (int j = 0; j < 3; ++j) {
       rotated[i][j] = 0;
-      for (int k = 0; k <= j; ++k) rotated[i][j] += double(pose[4 * i + k]) * inverse[k][j];
+      for (int k = 0; k <= j; ++k) rotated[i][j] += pose[4 * i + k] * inverse[k][j];
     }
     rotated[i][3] = pose[4 * i + 3];
   }
   const auto to_image = [&](int row, int column) {
     if (row == 2) return rotated[2][column];
-    double sum = double(source[3 * row + 2]) * rotated[2][column] + double(source[3 * row + 1]) * rotated[1][column];
-    if (row == 0) sum += double(source[0]) * rotated[0][column];
+    double sum = source[3 * row + 2] * rotated[2][column] + source[3 * row + 1] * rotated[1][column];
+    if (row == 0) sum += source[0] * rotated[0][column];
     return sum;
   };
   for (int i = 0; i < 3; ++i) {

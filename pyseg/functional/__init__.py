@@ -9,6 +9,8 @@ from pyseg.functional.dense_crf import dense_crf_energy as dense_crf_energy
 from pyseg.functional.dense_crf import dense_crf_kernels as dense_crf_kernels
 from pyseg.functional.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.functional.distance_transform import distance_transform as distance_transform
+from pyseg.functional.fuse_views import fuse_views as fuse_views
+from pyseg.functional.fuse_views import warp_and_fuse as warp_and_fuse
 from pyseg.functional.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
@@ -56,6 +58,7 @@ __all__ = [
     "distance_to_two_nearest_objects",
     "distance_transform",
     "frequency_weighted_iou",
+    "fuse_views",
     "gaussian_filter",
     "hausdorff_distance",
     "iou",
@@ -73,6 +76,7 @@ __all__ = [
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",
+    "warp_and_fuse",
     "warp_to_view",
     *_losses,
 ]
