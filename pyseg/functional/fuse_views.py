@@ -16,7 +16,8 @@ _LEAST_LOG = -100.0  # of a probability, as in the losses
 def fuse_views(
     scores: Sequence[Tensor] | Tensor, valid: Sequence[Tensor] | Tensor, mode: Mode = "bayes", from_logits: bool = True
 ) -> Tensor:
-    r"""The classes' log-probabilities at each pixel from all views that see it: Ma et al. 2017 (1703.08866), section III.
+    r"""The classes' log-probabilities at each pixel from all views that see it: Ma et al. 2017 (1703.08866), section
+    III.
 
         bayes   p(c) = prod_v p_v(c) / sum_k prod_v p_v(k)      independent views, every class as likely beforehand
         sum     p(c) = sum_v p_v(c) / sum_k sum_v p_v(k)
@@ -32,8 +33,8 @@ def fuse_views(
         from_logits: p_v is the softmax of scores[v].
 
     Returns:
-        [N, C, H, W] log-probabilities, float32 for 16-bit scores: argmax gives labels, exp probabilities, and losses take
-        them for logits. Differentiable in the scores.
+        [N, C, H, W] log-probabilities, float32 for 16-bit scores: argmax gives labels, exp probabilities, and losses
+        take them for logits. Differentiable in the scores.
 
     Raises:
         ValueError: an argument that does not fit.
@@ -48,10 +49,9 @@ def fuse_views(
             raise ValueError(f"fuse_views: valid must be {expected} like scores, got {list(mask.shape)}")
         value = _summand(view, mode, from_logits)
         value = torch.where(mask.unsqueeze(1), value, value.new_zeros(()))
-        if total is None:
-            total = value
-        else:
-            total = torch.maximum(total, value) if mode == "max" else total + value
+        if total is not None:
+            value = torch.maximum(total, value) if mode == "max" else total + value
+        total = value
     assert total is not None
     return _normalised(total, mode)
 
@@ -70,12 +70,13 @@ def warp_and_fuse(
     absolute_tolerance: float = 0.05,
     relative_tolerance: float = 0.01,
 ) -> Tensor:
-    """Frames warped into their keyframe and fused there, without a warped copy of each: [K, C, H', W'] log-probabilities.
+    """Frames warped into their keyframe and fused there, without a warped copy of each: [K, C, H', W']
+    log-probabilities.
 
-    What warp_to_view and fuse_views make of N = K * V frames in two steps, the V frames of a keyframe one after the other.
-    What is warped are log-probabilities for "bayes" (of logits, themselves: what they lack to log-probabilities is the same
-    for all classes) and probabilities for "sum" and "max". For "bayes" and "sum" the warped frames are added up pixel by
-    pixel and never written; "max" warps one frame of each keyframe after the other.
+    What warp_to_view and fuse_views make of N = K * V frames in two steps, the V frames of a keyframe one after the
+    other. What is warped are log-probabilities for "bayes" (of logits, themselves: what they lack to log-probabilities
+    is the same for all classes) and probabilities for "sum" and "max". For "bayes" and "sum" the warped frames are
+    added up pixel by pixel and never written; "max" warps one frame of each keyframe after the other.
 
     Args:
         scores: [K * V, C, H, W] of the frames: logits, or with from_logits=False probabilities.

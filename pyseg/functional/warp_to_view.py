@@ -17,7 +17,7 @@ def warp_to_view(
     absolute_tolerance: float = 0.05,
     relative_tolerance: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
-    r"""Scores of a frame, warped into a keyframe by the keyframe's depth; and where the frame sees the keyframe's pixels.
+    r"""Scores of a frame, warped into a keyframe by the keyframe's depth; and where the frame sees the keyframe.
 
         warped[n, :, v, u] = scores[n] at (x, y), bilinear
 
@@ -28,8 +28,8 @@ def warp_to_view(
     moves it into the frame's camera. A pixel is seen, and `valid` there, where
 
     * z is a depth: positive and finite (0, negative values, infinity and NaN are none);
-    * the point lies in front of the frame's camera and in one of its pixels, -1/2 <= x <= W - 1/2 and -1/2 <= y <= H - 1/2;
-      between the outer pixels' centres and the image's edge the outer pixels' values hold;
+    * the point lies in front of the frame's camera and in one of its pixels: -1/2 <= x <= W - 1/2 and
+      -1/2 <= y <= H - 1/2; between the outer pixels' centres and the image's edge the outer pixels' values hold;
     * with source_depth: the depth m that the frame measured at the nearest pixel is one, and nothing hides the point:
       \|d - m\| <= absolute_tolerance + relative_tolerance * m.
 
@@ -54,10 +54,10 @@ def warp_to_view(
 
     The geometry is computed in double precision whatever the dtypes; 16-bit scores are summed in float32 and rounded
     once. NaN in a score reaches the pixels between whose four elements it is, with a weight of 0 too. Differentiable in
-    the scores, any number of times; the depth and the cameras are constants and get no gradient. The gradient adds up in
-    the keyframe's order of pixels (on CUDA the pixels are sorted by their place in the frame first; no atomics): the same
-    bits in every run and, on the CPU, for every number of threads. vmap works.
-    O(N C H' W') time; the gradient O(N C (H W + H' W')) and, on CUDA, 40 bytes for each of the pixels.
+    the scores, any number of times; the depth and the cameras are constants and get no gradient. The gradient adds up
+    in the keyframe's order of pixels (on CUDA the pixels are sorted by their place in the frame first; no atomics): the
+    same bits in every run and, on the CPU, for every number of threads. vmap works. O(N C H' W') time; the gradient O(N
+    C (H W + H' W')) and, on CUDA, 40 bytes for each of the pixels.
 
     Raises:
         RuntimeError: an argument that does not fit: names argument, expected and got.

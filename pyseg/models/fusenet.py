@@ -1,10 +1,11 @@
 """FuseNet: an encoder for colour, one for depth whose features are added to it, and a decoder with memorised unpooling.
 
 Hazirbas, Ma, Domokos and Cremers, "FuseNet: Incorporating depth into semantic segmentation via fusion-based CNN
-architecture", ACCV 2016. The decoder predicts at every resolution, as in Ma, Stueckler, Kerl and Cremers, "Multi-view deep
-learning for consistent semantic mapping with RGB-D cameras", 2017 (1703.08866), section III.
+architecture", ACCV 2016. The decoder predicts at every resolution, as in Ma, Stueckler, Kerl and Cremers, "Multi-view
+deep learning for consistent semantic mapping with RGB-D cameras", 2017 (1703.08866), section III.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class FuseNet(nn.Module):
         dropout: after the two deepest fusions and in the decoder's deepest stage; the paper's is 0.5.
 
     Input: image [N, 3, H, W] and depth [N, 1, H, W], H and W multiples of 2 ** (len(widths) - 1).
-    Output: logits [N, C, H / 2 ** s, W / 2 ** s] for s = 0, 1, .., len(widths) - 1: what multiscale_cross_entropy takes.
+    Output: logits [N, C, H / 2 ** s, W / 2 ** s] for s = 0, 1, .., len(widths) - 1: what multiscale_cross_entropy
+    takes.
     """
 
     def __init__(
@@ -54,13 +56,12 @@ class FuseNet(nn.Module):
         self.depth = nn.ModuleList(_block(a, b, n) for a, b, n in zip(ins, widths, convolutions, strict=True))
         # Stage s convolves the features of stage s + 1, unpooled to resolution s.
         self.decoder = nn.ModuleList(
-            _block(width, width, n)
-            for width, n in zip(widths[:-1], convolutions[:-1], strict=True)
+            _block(width, width, n) for width, n in zip(widths[:-1], convolutions[:-1], strict=True)
         )
         # Unpooling puts features where maxima of `width` channels were: these come down to as many first.
         self.narrow = nn.ModuleList(
             nn.Conv2d(below, width, 1) if below != width else nn.Identity()
-            for width, below in zip(widths[:-1], widths[1:], strict=True)
+            for width, below in itertools.pairwise(widths)
         )
         self.predict = nn.ModuleList(nn.Conv2d(width, classes, 1) for width in widths)
         self.dropout = nn.Dropout2d(dropout)

@@ -40,9 +40,8 @@ def warp_to_view(
                     x, y, d = (intrinsics @ (z * (rotation @ ray) + shift)).tolist()
                     if d > 0 and -0.5 <= x / d <= width - 0.5 and -0.5 <= y / d <= height - 0.5:
                         x, y = min(max(x / d, 0), width - 1), min(max(y / d, 0), height - 1)
-                        if source_depth is None or _is_near(
-                            d, float(source_depth[n, int(y + 0.5), int(x + 0.5)]), absolute_tolerance, relative_tolerance
-                        ):
+                        near = None if source_depth is None else float(source_depth[n, int(y + 0.5), int(x + 0.5)])
+                        if near is None or _is_near(d, near, absolute_tolerance, relative_tolerance):
                             value = _bilinear(scores[n], y, x)
                             seen[n, v, u] = True
                 rows.append(value)
@@ -65,10 +64,10 @@ def _bilinear(scores: Tensor, y: float, x: float) -> Tensor:
 def fuse_views(scores: Tensor, valid: Tensor, mode: str = "bayes", from_logits: bool = True) -> Tensor:
     """log p[n, c, i, j] from V views, scores [V, N, C, H, W] and valid [V, N, H, W], one pixel at a time.
 
-    bayes: the product of the views' probabilities, sum: their mean, max: their maximum; each normalised over the classes.
-    Where no view is valid, every class has the same probability.
+    bayes: the product of the views' probabilities, sum: their mean, max: their maximum; each normalised over the
+    classes. Where no view is valid, every class has the same probability.
     """
-    views, images, classes, height, width = scores.shape
+    views, images, _, height, width = scores.shape
     probability = scores.softmax(2) if from_logits else scores
     fused = []
     for n in range(images):

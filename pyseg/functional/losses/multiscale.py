@@ -76,10 +76,11 @@ def multiscale_cross_entropy(
     ignore_index: int = -100,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""sum_s a_s * cross_entropy(inputs[s], pool_labels(target, size of inputs[s])): the loss of a decoder at all scales.
+    r"""sum_s a_s * cross_entropy(inputs[s], pool_labels(target, size of inputs[s])): the loss of a decoder at all
+    scales.
 
-    Multi-scale loss minimisation as in Ma et al. 2017 (1703.08866), section III: each resolution of the decoder predicts,
-    and is compared with labels pooled to it.
+    Multi-scale loss minimisation as in Ma et al. 2017 (1703.08866), section III: each resolution of the decoder
+    predicts, and is compared with labels pooled to it.
 
     Args:
         inputs: logits [N, C, h_s, w_s] of each scale s.
