@@ -14,8 +14,9 @@ namespace {
 template <typename T, typename A>
 class ViewBackward {
   static constexpr int64_t kLane = kLanes<A>;
-  static constexpr int64_t kMostChannels = 64;     // that are added up together
-  static constexpr int64_t kBandBytes = 512 << 10;  // of sums: with the gradients that are read, what a core's cache holds
+  static constexpr int64_t kMostChannels = 64;  // that are added up together
+  static constexpr int64_t kBandBytes = 512
+                                        << 10;  // of sums: with the gradients that are read, what a core's cache holds
 
  public:
   ViewBackward(const ViewWarpArgs& a, void* scratch)
@@ -39,9 +40,7 @@ class ViewBackward {
     shared_bytes_ = at - static_cast<char*>(scratch);
   }
 
-  int64_t scratch(int64_t workers) const {
-    return shared_bytes_ + workers * of_worker() * int64_t(sizeof(A));
-  }
+  int64_t scratch(int64_t workers) const { return shared_bytes_ + workers * of_worker() * int64_t(sizeof(A)); }
 
   void run(const Workers& workers) const {
     for (int64_t n = 0; n < a_.keys * a_.views; ++n) {

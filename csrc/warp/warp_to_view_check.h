@@ -52,8 +52,8 @@ inline Tensor check_depth(const char* op, const char* name, const Tensor& t, con
   check_device(op, name, t, like);
   const bool wide = t.scalar_type() == ScalarType::Double;
   const Tensor depth = torch::stable::to(t, wide ? ScalarType::Double : ScalarType::Float);
-  const bool dense = (depth.stride(2) == 1 || depth.size(2) == 1) &&
-                     (depth.stride(1) == depth.size(2) || depth.size(1) == 1);
+  const bool dense =
+      (depth.stride(2) == 1 || depth.size(2) == 1) && (depth.stride(1) == depth.size(2) || depth.size(1) == 1);
   return dense ? depth : torch::stable::contiguous(depth);
 }
 

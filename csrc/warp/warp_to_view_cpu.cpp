@@ -28,9 +28,7 @@ std::vector<Projection> projections_of(const Geometry& g) {
   return projections;
 }
 
-ViewDepth depth_of(const Tensor& t) {
-  return {t.numel() > 0 ? t.data_ptr() : nullptr, t.stride(0), is_double(t)};
-}
+ViewDepth depth_of(const Tensor& t) { return {t.numel() > 0 ? t.data_ptr() : nullptr, t.stride(0), is_double(t)}; }
 
 ViewWarpArgs args_of(const Geometry& g, Element type, int64_t channels, bool last,
                      const std::vector<Projection>& projections) {
@@ -88,9 +86,8 @@ Tensor warp_to_view_backward(Tensor grad, Tensor depth, Tensor key_intrinsics, T
                              double absolute_tolerance, double relative_tolerance) {
   const Element type = check_floats(kWarpBackward, "grad", grad);
   PYSEG_CHECK(pose.dim() == 3, kWarpBackward, ": pose must be [N, 4, 4], got ", pose.sizes());
-  const Geometry g =
-      check_geometry(kWarpBackward, grad, pose.size(0), height, width, depth, key_intrinsics, source_intrinsics, pose,
-                     source_depth, absolute_tolerance, relative_tolerance);
+  const Geometry g = check_geometry(kWarpBackward, grad, pose.size(0), height, width, depth, key_intrinsics,
+                                    source_intrinsics, pose, source_depth, absolute_tolerance, relative_tolerance);
   check_grad(grad, g);
   const int64_t channels = grad.size(1);
   Tensor grad_scores = new_map(grad, {g.keys * g.views, channels, height, width}, channels_last);

@@ -21,7 +21,7 @@ struct ViewWarpArgs {
   Element type;
   int64_t keys, views, channels;  // views of each keyframe
   int64_t key_height, key_width;
-  view::Visibility visibility;  // of the views
+  view::Visibility visibility;         // of the views
   const view::Projection* projection;  // [keys * views]
   ViewDepth depth, source_depth;
   bool last;  // the channels of a pixel lie side by side in all maps; otherwise see the strides

@@ -54,8 +54,8 @@ class CudaCall {
              .depth = depth_of(g.depth),
              .source_depth = depth_of(g.source_depth)},
         op_(op),
-        projections_(torch::stable::new_empty(g.depth, {g.keys * g.views * int64_t(sizeof(Projection))},
-                                              ScalarType::Byte)) {
+        projections_(
+            torch::stable::new_empty(g.depth, {g.keys * g.views * int64_t(sizeof(Projection))}, ScalarType::Byte)) {
     auto* to = static_cast<Projection*>(projections_.data_ptr());
     args.projection = to;
     const int64_t images = g.keys * g.views;
@@ -125,9 +125,8 @@ Tensor warp_to_view_backward(Tensor grad, Tensor depth, Tensor key_intrinsics, T
                              double absolute_tolerance, double relative_tolerance) {
   const Element type = check_floats(kWarpBackward, "grad", grad);
   PYSEG_CHECK(pose.dim() == 3, kWarpBackward, ": pose must be [N, 4, 4], got ", pose.sizes());
-  const Geometry g =
-      check_geometry(kWarpBackward, grad, pose.size(0), height, width, depth, key_intrinsics, source_intrinsics, pose,
-                     source_depth, absolute_tolerance, relative_tolerance);
+  const Geometry g = check_geometry(kWarpBackward, grad, pose.size(0), height, width, depth, key_intrinsics,
+                                    source_intrinsics, pose, source_depth, absolute_tolerance, relative_tolerance);
   check_grad(grad, g);
   const CudaLaunches launches(kWarpBackward, grad);
   const int64_t channels = grad.size(1), images = g.keys * g.views;

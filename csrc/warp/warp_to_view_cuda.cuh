@@ -42,7 +42,7 @@ struct CudaViews {
   int64_t key_width, key_pixels;
   Visibility visibility;
   CudaDepth depth, source_depth;
-  const Projection* projection;  // [keys * views]
+  const Projection* projection;                                     // [keys * views]
   int64_t image_stride, channel_stride, row_stride, column_stride;  // of scores
 };
 // Blocks of pixels, chunks of channels, images, one after the other.
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kThreads)
     const Located<A> to = locate<A>(a, n, at.image, at.pixel);
     if (!to.seen) continue;
     ++seen;
-    const T* p = scores + n * a.image_stride + at.channel * a.channel_stride + to.y * a.row_stride +
-                 to.x * a.column_stride;
+    const T* p =
+        scores + n * a.image_stride + at.channel * a.channel_stride + to.y * a.row_stride + to.x * a.column_stride;
     const A y = to.y_weight, x = to.x_weight;
     const A w00 = (A(1) - y) * (A(1) - x), w01 = (A(1) - y) * x, w10 = y * (A(1) - x), w11 = y * x;
 #pragma unroll
@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kThreads)
       load_elements<kVec>(p + below + right, v11);
 #pragma unroll
       for (int v = 0; v < kVec; ++v)
-        sum[i][v] += ((A(1) - y) * (A(1) - x) * v00[v] + (A(1) - y) * x * v01[v]) +
-                     (y * (A(1) - x) * v10[v] + y * x * v11[v]);
+        sum[i][v] +=
+            ((A(1) - y) * (A(1) - x) * v00[v] + (A(1) - y) * x * v01[v]) + (y * (A(1) - x) * v10[v] + y * x * v11[v]);
     }
   }
   if (at.channel == 0 && at.pixel < a.key_pixels) count[at.image * a.key_pixels + at.pixel] = uint8_t(seen);
@@ -255,8 +255,7 @@ __global__ void __launch_bounds__(kThreads)
   const ViewPlace at = place_in(grid);
   const int64_t size = int64_t{a.visibility.height} * a.visibility.width;
   if (at.pixel >= size) return;
-  const T* const image =
-      grad + (at.image / a.views * a.channels + at.channel) * a.key_pixels - at.image * a.key_pixels;
+  const T* const image = grad + (at.image / a.views * a.channels + at.channel) * a.key_pixels - at.image * a.key_pixels;
   A sum[kChunk] = {};
   each_reader(a, table, at.image, at.pixel, [&](uint32_t pixel, A weight) {
     const T* p = image + pixel;
@@ -285,8 +284,7 @@ __global__ void __launch_bounds__(kThreads)
   int64_t vector;
   const int64_t element = divide(at.pixel, vectors, &vector);
   if (element >= size) return;
-  const T* const image =
-      grad + (at.image / a.views - at.image) * a.key_pixels * a.channels + vector * kVec;
+  const T* const image = grad + (at.image / a.views - at.image) * a.key_pixels * a.channels + vector * kVec;
   A sum[kVec] = {};
   each_reader(a, table, at.image, element, [&](uint32_t pixel, A weight) {
     A g[kVec];
