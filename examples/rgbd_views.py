@@ -21,7 +21,7 @@ CLASSES = ("floor", "wall", "box", "ball", "column")
 COLORS = ((120, 120, 120), (200, 190, 160), (220, 80, 70), (80, 140, 230), (90, 190, 110))
 HEIGHT, WIDTH, FOCAL = 48, 64, 56.0  # pixels
 BATCH, WIDTHS = 8, (12, 24, 32)
-COLOR_NOISE, DEPTH_NOISE, HOLES = 0.25, 0.02, 0.05
+COLOR_NOISE, DEPTH_NOISE, HOLES = 0.35, 0.01, 0.05
 HELD_OUT = 1_000_000  # rooms from this number on are not trained on
 
 
@@ -124,7 +124,7 @@ def look_at_room(random):
     """A camera at one side of the room that looks at its middle: camera to world, x right, y down, z ahead."""
     import torch
 
-    angle = float(random[0] - 0.5) * 1.2
+    angle = float(random[0] - 0.5) * 0.9
     place = torch.tensor([3.2 * torch.sin(torch.tensor(angle)), -1.0 - 0.8 * float(random[1]), -3.0])
     target = torch.tensor([0.6 * float(random[2] - 0.5), -0.5, 0.6 * float(random[3])])
     ahead = torch.nn.functional.normalize(target - place, dim=0)

@@ -25,9 +25,9 @@ struct Visibility {
 };
 
 // m = K_s R K_k^-1, b = K_s t with the pose [R t; 0 1] and K = [fx s cx; 0 fy cy; 0 0 1], all row by row; the last rows
-// are not read.
-template <typename F>
-PYSEG_VIEW_INLINE Projection projection_of(const F* key, const F* source, const F* pose) {
+// are not read. Numbers: what [i] gives the elements of.
+template <typename Numbers>
+PYSEG_VIEW_INLINE Projection projection_of(Numbers key, Numbers source, Numbers pose) {
   const double fx = key[0], s = key[1], cx = key[2], fy = key[4], cy = key[5];
   const double inverse[3][3] = {{1 / fx, -s / (fx * fy), (s * cy / fy - cx) / fx}, {0, 1 / fy, -cy / fy}, {0, 0, 1}};
   Projection p;

@@ -70,8 +70,7 @@ def warp_and_fuse(
     absolute_tolerance: float = 0.05,
     relative_tolerance: float = 0.01,
 ) -> Tensor:
-    """Frames warped into their keyframe and fused there, without a warped copy of each: [K, C, H', W']
-    log-probabilities.
+    """Log-probabilities [K, C, H', W'] of frames warped into their keyframe and fused there, no warped frame written.
 
     What warp_to_view and fuse_views make of N = K * V frames in two steps, the V frames of a keyframe one after the
     other. What is warped are log-probabilities for "bayes" (of logits, themselves: what they lack to log-probabilities
