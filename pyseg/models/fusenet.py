@@ -80,7 +80,7 @@ class FuseNet(nn.Module):
                 places.append(where)
         logits = [self.predict[last](x)]
         for s in range(last - 1, -1, -1):
-            x = F.max_unpool2d(self.narrow[s](x), places[s], 2)
+            x = F.max_unpool2d(self.narrow[s](x), places[s], [2, 2])
             x = self.decoder[s](x)
             if s == last - 1:
                 x = self.dropout(x)

@@ -45,7 +45,7 @@ def warp_to_view(
                             value = _bilinear(scores[n], y, x)
                             seen[n, v, u] = True
                 rows.append(value)
-    return torch.stack(rows).unflatten(0, depth.shape).movedim(3, 1), seen
+    return torch.stack(rows).reshape(*depth.shape, -1).movedim(3, 1), seen
 
 
 def _is_near(depth: float, measured: float, absolute: float, relative: float) -> bool:
@@ -79,4 +79,4 @@ def fuse_views(scores: Tensor, valid: Tensor, mode: str = "bayes", from_logits: 
                     each = torch.stack(seen)
                     together = {"bayes": each.prod(0), "sum": each.mean(0), "max": each.amax(0)}[mode]
                 fused.append((together / together.sum()).log())
-    return torch.stack(fused).unflatten(0, (images, height, width)).movedim(3, 1)
+    return torch.stack(fused).reshape(images, height, width, -1).movedim(3, 1)

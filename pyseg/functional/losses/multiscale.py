@@ -52,7 +52,7 @@ def pool_labels(
         return target
     if pooling == "nearest":
         return target[:, rows // 2 :: rows, columns // 2 :: columns]
-    windows = target.unflatten(2, (w, columns)).unflatten(1, (h, rows)).transpose(2, 3).flatten(3)
+    windows = target.reshape(-1, h, rows, w, columns).transpose(2, 3).flatten(3)
     if pooling == "stochastic":
         order = torch.rand(windows.shape, generator=generator, device=target.device)
         chosen = order.masked_fill(windows == ignore_index, -1.0).argmax(-1, keepdim=True)
