@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     view_warp_pixels(const __grid_constant__ CudaViews a, ViewGrid grid, const T* scores /* [keys * views, C, H, W] */,
                      T* output /* [keys, C, H', W'] */, uint8_t* count /* [keys, H', W'] */) {
   using A = Accumulator<T>;
