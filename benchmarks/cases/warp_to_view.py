@@ -133,7 +133,8 @@ def _case(problem: Problem) -> Case:
             memory_format = torch.channels_last if last else torch.contiguous_format
             x, own = scores.contiguous(memory_format=memory_format), grad.contiguous(memory_format=memory_format)
             run = call(torch.compile(function, dynamic=False) if compiled else function, x, geometry, own)
-            run()
+            with torch.inference_mode(not problem.training):  # as it is measured: compiled code depends on it
+                run()
             return Prepared(run)
 
         plain = {"warp": theirs, "fuse": _fused_by_torch, "kornia": by_kornia}[problem.kind]
