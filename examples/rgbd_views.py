@@ -118,7 +118,8 @@ def render(room: int, views: int) -> dict:
     image = image + COLOR_NOISE * torch.randn(image.shape, generator=g)
     depth = nearest * (1 + DEPTH_NOISE * torch.randn(nearest.shape, generator=g))
     depth[u(*depth.shape) < HOLES] = 0
-    return {"image": image.movedim(3, 1), "depth": depth.unsqueeze(1), "surface": nearest, "label": label, "pose": poses}
+    maps = {"image": image.movedim(3, 1), "depth": depth.unsqueeze(1), "surface": nearest, "label": label}
+    return {**maps, "pose": poses}
 
 
 def look_at_room(random):
