@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=250, help=f"of training with {BATCH} images, default %(default)s")
     parser.add_argument("--views", type=int, default=8, help="frames beside the keyframe, default %(default)s")
     parser.add_argument("--rooms", type=int, default=20, help="held-out rooms to measure on, default %(default)s")
-    parser.add_argument("--least", type=float, default=0.03, help="gain in mean IoU to reach, default %(default)s")
+    parser.add_argument("--least", type=float, default=0.02, help="gain in mean IoU to reach, default %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all, here %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     return parser.parse_args()
