@@ -161,7 +161,8 @@ class ViewForward {
   // Elements offset[i] and offset[i] + 1 of a plane of floats, as many as a vector holds.
   static V pairs(const float* plane, const int64_t* offset) {
 #if defined(__AVX512F__)
-    return (V)_mm512_i64gather_pd(_mm512_loadu_si512(offset), plane, 4);  // a fifth faster than eight loads
+    // A fifth faster than eight loads. Masked, since gcc 12 warns of the plain one.
+    return (V)_mm512_mask_i64gather_pd(_mm512_setzero_pd(), 0xff, _mm512_loadu_si512(offset), plane, 4);
 #else
     return (V)each_pair(plane, offset, std::make_index_sequence<size_t(kLane / 2)>{});
 #endif
