@@ -9,6 +9,7 @@ from pyseg.functional.dense_crf import dense_crf_energy as dense_crf_energy
 from pyseg.functional.dense_crf import dense_crf_kernels as dense_crf_kernels
 from pyseg.functional.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.functional.distance_transform import distance_transform as distance_transform
+from pyseg.functional.expectation_labels import expectation_labels as expectation_labels
 from pyseg.functional.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
@@ -54,6 +55,7 @@ __all__ = [
     "dice",
     "distance_to_two_nearest_objects",
     "distance_transform",
+    "expectation_labels",
     "frequency_weighted_iou",
     "gaussian_filter",
     "hausdorff_distance",
