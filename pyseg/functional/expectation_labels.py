@@ -52,14 +52,14 @@ def expectation_labels(
     ignore_index: int = -100,
     return_bias: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Most probable labels of pixels where only the classes of the image are known (Papandreou et al. 2015, 1502.02734).
+    r"""Most probable labels where only the classes of each image are known (Papandreou et al. 2015, 1502.02734).
 
         label[m] = argmax over the classes l that compete of f_l[m] + b_l
 
     the E-step of EM: f are the network's logits, b biases of the classes that the image has. EM-Fixed (algorithm 1)
-    gives them as constants, b_fg > b_bg > 0. EM-Adapt asks for shares: the background takes at least
-    k = floor(background_share * pixels) pixels, each present foreground class at least floor(foreground_share * pixels).
-    Biases start at the constants (0 for absent classes) and rise by rounds over the present classes in ascending order,
+    gives them as constants, b_fg > b_bg > 0. EM-Adapt asks for shares: the background takes at least k =
+    floor(background_share * pixels) pixels, each present foreground class k = floor(foreground_share * pixels).
+    Biases start at the constants (0 for absent classes) and rise in rounds over the present classes in ascending order,
     the background first. A class's margin in a pixel is the least bias with which it is above all others there,
 
         t_l[m] = (max over o != l of f_o[m] + b_o) - f_l[m],  up to the next number that makes the sum larger;
