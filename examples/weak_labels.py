@@ -4,11 +4,11 @@
     python examples/weak_labels.py --steps 200 --seed 1 -o weak.png
 
 A small fully convolutional network sees noisy scenes of one or two shapes and is told only which classes are in each.
-It first learns to classify whole scenes by pooled scores, as the paper's networks start from classification; from there
-EM-Fixed and EM-Adapt (Papandreou et al. 2015) estimate the masks while it learns. Beside them stand the same without
-biases; boxes, filled and cut out by a dense CRF; half of the masks with EM-Adapt on the other half; and all masks. Prints
-the mean IoU of each on scenes that none has seen, and writes a picture. The exit status is 1 where EM-Adapt does not
-reach its mark or does not beat what has no biases.
+It first learns to classify whole scenes by pooled scores, as the paper's networks start from classification; from
+there EM-Fixed and EM-Adapt (Papandreou et al. 2015) estimate the masks while it learns. Beside them stand the same
+without biases; boxes, filled and cut out by a dense CRF; half of the masks, with EM-Adapt on the other half; and all
+masks. Prints the mean IoU of each on scenes that none has seen, and writes a picture. The exit status is 1 where
+EM-Adapt does not reach its mark or does not beat what has no biases.
 """
 
 import argparse

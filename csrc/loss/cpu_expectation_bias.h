@@ -39,14 +39,14 @@ constexpr int kDigitBits = 11;
 constexpr int64_t kBins = 1 << kDigitBits, kNoBin = kBins;  // and where margins go that do not take part
 template <typename A>
 constexpr int kLeadingShift = 8 * int(sizeof(A)) - 1 - kDigitBits;  // of the first digit, below the sign
-constexpr int64_t kCopies = 4;                   // histograms that take turns: neighbours mostly have the same digit
-constexpr int64_t kBinBlock = 512;               // margins whose digits are found before they are counted
+constexpr int64_t kCopies = 4;      // histograms that take turns: neighbours mostly have the same digit
+constexpr int64_t kBinBlock = 512;  // margins whose digits are found before they are counted
 
 template <typename A>
 struct BiasScratch {
-  int64_t step;     // from one row to the next
-  A* scores;        // [competing, step]: NaN is +inf here; pixels that do not count, and padding, are -inf
-  A* margins;       // [step]
+  int64_t step;      // from one row to the next
+  A* scores;         // [competing, step]: NaN is +inf here; pixels that do not count, and padding, are -inf
+  A* margins;        // [step]
   uint32_t* counts;  // [kCopies, kBins + 1]
   Integer<A>* bins;  // [kBinBlock]
 

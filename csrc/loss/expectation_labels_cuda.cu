@@ -33,23 +33,22 @@ void launch_labels(const CudaLaunches& launches, const ExpectationArgs& a) {
   const int64_t images = std::min(a.images, kMostImagesInGrid);
   const int64_t useful = std::max<int64_t>(1, multiprocessor_count() * kBlocksPerMultiprocessor / images);
   const dim3 grid(static_cast<unsigned>(std::min(tiles, useful)), static_cast<unsigned>(images));
-  expectation_labels_kernel<T, kPixels>
-      <<<grid, kLabelThreads, list_bytes<Accumulator<T>>(a), launches.stream()>>>(a);
+  expectation_labels_kernel<T, kPixels><<<grid, kLabelThreads, list_bytes<Accumulator<T>>(a), launches.stream()>>>(a);
   launches.check(cudaGetLastError());
 }
 
 template <typename T>
 void launch(const CudaLaunches& launches, const ExpectationArgs& a, void* margins) {
   using A = Accumulator<T>;
-  expectation_bias_kernel<T><<<static_cast<unsigned>(a.images), kBiasThreads, sizeof(BiasBlock<A>) + list_bytes<A>(a),
-                               launches.stream()>>>(a, static_cast<A*>(margins));
+  expectation_bias_kernel<T>
+      <<<static_cast<unsigned>(a.images), kBiasThreads, sizeof(BiasBlock<A>) + list_bytes<A>(a), launches.stream()>>>(
+          a, static_cast<A*>(margins));
   launches.check(cudaGetLastError());
   if (a.pixels == 0) return;
-  constexpr int kPixels = 16 / sizeof(T);
-  const bool aligned = a.pixel_stride == 1 && a.pixels % kPixels == 0 && a.class_stride % kPixels == 0 &&
-                       a.image_stride % kPixels == 0 && reinterpret_cast<uintptr_t>(a.logits) % 16 == 0;
-  if (aligned) {
-    launch_labels<T, kPixels>(launches, a);
+  const bool pairs = a.pixel_stride == 1 && a.pixels % 2 == 0 && a.class_stride % 2 == 0 && a.image_stride % 2 == 0 &&
+                     reinterpret_cast<uintptr_t>(a.logits) % (2 * sizeof(T)) == 0;
+  if (pairs) {
+    launch_labels<T, 2>(launches, a);
   } else {
     launch_labels<T, 1>(launches, a);
   }

@@ -6,8 +6,8 @@
 // expectation_bias_kernel, a block an image: rounds over the classes that compete compute a class's margins
 // (neighbouring threads take neighbouring pixels), keep them in device memory, and select the k-th smallest by
 // histograms of 11 bits in shared memory: 3 passes for float, 6 for double, and one for the next larger margin.
-// expectation_labels_kernel, all blocks: a thread takes pixels, 16 bytes of each row where these are aligned, and reads
-// the classes that compete only. Least bytes: their logits once in, labels once out.
+// expectation_labels_kernel, all blocks: a thread takes two neighbouring pixels, 16 bytes of labels, where these are
+// aligned, and reads the classes that compete only. Least bytes: their logits once in, labels once out.
 // Deterministic although atomics add in shared memory: sums and minima of integers do not depend on the order.
 #pragma once
 
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kBiasThreads)
   using A = Accumulator<T>;
   extern __shared__ __align__(16) unsigned char expectation_shared[];
   BiasBlock<A>& s = *reinterpret_cast<BiasBlock<A>*>(expectation_shared);
-  A* const bias = reinterpret_cast<A*>(&s + 1);                            // [C]
+  A* const bias = reinterpret_cast<A*>(&s + 1);                             // [C]
   uint16_t* const classes = reinterpret_cast<uint16_t*>(bias + a.classes);  // [C]
   const int64_t image = blockIdx.x;
   const uint8_t* present = a.present + image * a.classes;
@@ -230,8 +230,7 @@ __global__ void __launch_bounds__(kBiasThreads)
       for (int64_t p = threadIdx.x; p < a.pixels; p += kBiasThreads) pixels += valid[p] != 0;
     block_add(&s.foreground, foreground);
     block_add(&s.pixels, pixels);
-    const Quotas quotas =
-        quotas_of(a, present[0] != 0, s.foreground, valid == nullptr ? a.pixels : int64_t{s.pixels});
+    const Quotas quotas = quotas_of(a, present[0] != 0, s.foreground, valid == nullptr ? a.pixels : int64_t{s.pixels});
     bool changed = true;
     for (int64_t sweep = 0; sweep < a.sweeps && changed; ++sweep) {
       changed = false;
@@ -264,7 +263,7 @@ struct alignas(kPixels * sizeof(T)) Pixels {
   T value[kPixels];
 };
 
-// Grid: blocks of an image x images. kPixels pixels a thread: 16 bytes of a row, or 1.
+// Grid: blocks of an image x images. kPixels neighbouring pixels a thread, 1 or 2: whole sectors of labels are written.
 template <typename T, int kPixels>
 __global__ void __launch_bounds__(kLabelThreads) expectation_labels_kernel(const __grid_constant__ ExpectationArgs a) {
   using A = Accumulator<T>;
@@ -292,13 +291,7 @@ __global__ void __launch_bounds__(kLabelThreads) expectation_labels_kernel(const
       for (int i = 0; i < competing; ++i) {
         const int c = classes[i];
         const T* at = logits + c * a.class_stride + p * a.pixel_stride;
-        Pixels<T, kPixels> x;
-        if constexpr (kPixels > 1) {
-          const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
-          __builtin_memcpy(&x, &bits, sizeof x);
-        } else {
-          x.value[0] = __ldg(at);
-        }
+        const Pixels<T, kPixels> x = *reinterpret_cast<const Pixels<T, kPixels>*>(at);
 #pragma unroll
         for (int k = 0; k < kPixels; ++k) {
           const A score = score_of(x.value[k]) + bias[i];
@@ -314,10 +307,8 @@ __global__ void __launch_bounds__(kLabelThreads) expectation_labels_kernel(const
         for (int k = 0; k < kPixels; ++k)
           if (!a.valid[first + k]) label[k] = a.ignore_index;
       }
-      if constexpr (kPixels > 1) {
-#pragma unroll
-        for (int k = 0; k < kPixels; k += 2)
-          *reinterpret_cast<longlong2*>(a.labels + first + k) = make_longlong2(label[k], label[k + 1]);
+      if constexpr (kPixels == 2) {
+        *reinterpret_cast<longlong2*>(a.labels + first) = make_longlong2(label[0], label[1]);
       } else {
         a.labels[first] = label[0];
       }
