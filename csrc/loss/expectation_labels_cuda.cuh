@@ -20,7 +20,8 @@
 namespace pyseg::loss {
 
 constexpr int kBiasThreads = 1024, kLabelThreads = 256;
-constexpr int kBiasUnroll = 4;  // pixels of a thread whose loads are in flight together
+constexpr int kBiasBlocks = 1, kLabelBlocks = 4;  // of a multiprocessor at least: 64 registers a thread
+constexpr int kBiasUnroll = 4;                    // pixels of a thread whose loads are in flight together
 constexpr int kDigitBits = 11, kBins = 1 << kDigitBits, kBinsPerThread = kBins / kBiasThreads;
 static_assert(kBinsPerThread == 2, "find_bin takes two bins a thread");
 constexpr unsigned kWholeWarp = 0xffffffffu;
@@ -200,7 +201,7 @@ __device__ A raised_bias(const ExpectationArgs& a, BiasBlock<A>& s, A limit, uns
 
 // Grid: images.
 template <typename T>
-__global__ void __launch_bounds__(kBiasThreads)
+__global__ void __launch_bounds__(kBiasThreads, kBiasBlocks)
     expectation_bias_kernel(const __grid_constant__ ExpectationArgs a,
                             Accumulator<T>* __restrict__ margins) {  // [images, pixels]; unused without shares
   using A = Accumulator<T>;
@@ -265,7 +266,8 @@ struct alignas(kPixels * sizeof(T)) Pixels {
 
 // Grid: blocks of an image x images. kPixels neighbouring pixels a thread, 1 or 2: whole sectors of labels are written.
 template <typename T, int kPixels>
-__global__ void __launch_bounds__(kLabelThreads) expectation_labels_kernel(const __grid_constant__ ExpectationArgs a) {
+__global__ void __launch_bounds__(kLabelThreads, kLabelBlocks)
+    expectation_labels_kernel(const __grid_constant__ ExpectationArgs a) {
   using A = Accumulator<T>;
   extern __shared__ __align__(16) unsigned char expectation_shared[];
   A* const bias = reinterpret_cast<A*>(expectation_shared);                 // [C]
@@ -281,11 +283,11 @@ __global__ void __launch_bounds__(kLabelThreads) expectation_labels_kernel(const
     const int64_t step = int64_t{gridDim.x} * kLabelThreads * kPixels;
     for (int64_t p = (int64_t{blockIdx.x} * kLabelThreads + threadIdx.x) * kPixels; p < a.pixels; p += step) {
       A best[kPixels];
-      int64_t label[kPixels];
+      int label[kPixels];
 #pragma unroll
       for (int k = 0; k < kPixels; ++k) {
         best[k] = A(-INFINITY);
-        label[k] = competing == 0 ? a.ignore_index : classes[0];
+        label[k] = competing == 0 ? -1 : classes[0];
       }
 #pragma unroll 4
       for (int i = 0; i < competing; ++i) {
@@ -302,15 +304,14 @@ __global__ void __launch_bounds__(kLabelThreads) expectation_labels_kernel(const
         }
       }
       const int64_t first = image * a.pixels + p;
-      if (a.valid != nullptr) {
-#pragma unroll
-        for (int k = 0; k < kPixels; ++k)
-          if (!a.valid[first + k]) label[k] = a.ignore_index;
-      }
+      const auto result = [&](int k) {
+        const bool ignored = label[k] < 0 || (a.valid != nullptr && !a.valid[first + k]);
+        return ignored ? a.ignore_index : int64_t{label[k]};
+      };
       if constexpr (kPixels == 2) {
-        *reinterpret_cast<longlong2*>(a.labels + first) = make_longlong2(label[0], label[1]);
+        *reinterpret_cast<longlong2*>(a.labels + first) = make_longlong2(result(0), result(1));
       } else {
-        a.labels[first] = label[0];
+        a.labels[first] = result(0);
       }
     }
     __syncthreads();  // before the next image's list
