@@ -309,7 +309,8 @@ __global__ void __launch_bounds__(kLabelThreads, kLabelBlocks)
         return ignored ? a.ignore_index : int64_t{label[k]};
       };
       if constexpr (kPixels == 2) {
-        *reinterpret_cast<longlong2*>(a.labels + first) = make_longlong2(result(0), result(1));
+        // A plain store would be split.
+        __stwb(reinterpret_cast<longlong2*>(a.labels + first), make_longlong2(result(0), result(1)));
       } else {
         a.labels[first] = result(0);
       }

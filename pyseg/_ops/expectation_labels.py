@@ -81,9 +81,8 @@ def _batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         None if t is None else t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
         for t, d in zip(arguments[:3], in_dims[:3], strict=True)
     ]
-    images = tensors[0].shape[1]
     results = _OP(*(None if t is None else t.flatten(0, 1) for t in tensors), *arguments[3:])
-    return tuple(each.unflatten(0, (info.batch_size, images)) for each in results), (0, 0)
+    return tuple(each.reshape(info.batch_size, -1, *each.shape[1:]) for each in results), (0, 0)
 
 
 register_vmap(_OP, _batched)

@@ -179,7 +179,7 @@ def box_crf_labels(image: Tensor, boxes: Tensor, classes: Tensor, *, alpha: floa
         return _zeros(boxes, size)
     center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * math.sqrt(alpha)
     inside, middle = _inside(boxes, size), _inside(torch.cat([center - half, center + half], 1), size)
-    found = classes.unique()
+    found = torch.unique(classes)
     allowed = torch.stack([inside[classes == c].any(0) for c in found])
     owner = classes[_smallest(boxes, middle)]
     fixed = torch.stack([(owner == c) & middle.any(0) for c in found])

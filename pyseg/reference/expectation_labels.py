@@ -59,4 +59,4 @@ def expectation_labels(
                 break
         best_class = (f[competing] + b[competing, None]).argmax(0)
         labels[n, counted[n]] = torch.tensor(competing)[best_class][counted[n]]
-    return labels.unflatten(1, logits.shape[2:]), biases
+    return labels.reshape(len(logits), *logits.shape[2:]), biases
