@@ -82,7 +82,10 @@ def _batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         for t, d in zip(arguments[:3], in_dims[:3], strict=True)
     ]
     results = _OP(*(None if t is None else t.flatten(0, 1) for t in tensors), *arguments[3:])
-    return tuple(each.reshape(info.batch_size, -1, *each.shape[1:]) for each in results), (0, 0)
+    return tuple(each.reshape(info.batch_size, len(each) // info.batch_size, *each.shape[1:]) for each in results), (
+        0,
+        0,
+    )
 
 
 register_vmap(_OP, _batched)
