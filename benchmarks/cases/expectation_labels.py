@@ -134,8 +134,8 @@ def _case(setting: Setting, quick: tuple[int, ...]) -> Case:
             def raised(scores: Tensor, bias: Tensor, c: int, k: int) -> Tensor:
                 return _raised(scores, bias, c, k, kth)
 
-            # The class and its quota are numbers of the graph: specialised, not symbols.
-            function = torch.compile(raised, dynamic=False) if compiled else raised
+            # Class and quota as symbols: a graph for each of their values would exceed the recompilation limit.
+            function = torch.compile(raised, dynamic=True) if compiled else raised
             return Prepared(lambda: _adapt(logits, present, setting.sweeps, function))
 
         def ours() -> Prepared:
