@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def OneOutput(network):  # noqa: N802
+def OneOutput(network):
     """The network with the fused prediction alone, which is what users look at."""
     from torch import Tensor, nn
 

@@ -46,7 +46,9 @@ def onnx_session(program):
 def run_session(session, arguments):
     names = [each.name for each in session.get_inputs()]
     tensors = [x for each in arguments for x in (each if isinstance(each, list) else [each])]
-    return [torch.from_numpy(x) for x in session.run(None, dict(zip(names, map(torch.Tensor.numpy, tensors), strict=True)))]
+    return [
+        torch.from_numpy(x) for x in session.run(None, dict(zip(names, map(torch.Tensor.numpy, tensors), strict=True)))
+    ]
 
 
 def check(model, examples, dynamic_shapes=None, tolerance=1e-5, only_onnx=False, compare=None, optimize=False):
@@ -111,7 +113,7 @@ class Convolutions(nn.Module):
 def test_atrous_conv2d():
     shapes = {"x": maps("n", "h", "w")}
     session = check(Convolutions().eval(), [(rand(2, 6, 9, 8),), (rand(1, 6, 13, 5),)], shapes, optimize=True)
-    assert [i for i in session.get_inputs()[0].shape if isinstance(i, str)] == ["n", "h", "w"]
+    assert [isinstance(size, str) for size in session.get_inputs()[0].shape] == [True, False, True, True]
 
 
 def test_upsample():
@@ -230,7 +232,7 @@ def test_roi_align(ratio):
     shapes = ({0: Dim("n"), 2: Dim("h", min=4), 3: Dim("w", min=4)}, {0: Dim("n"), 2: Dim("p"), 3: Dim("q")})
     shapes = {"args": (*shapes, {0: Dim("k")})}
     session = check(pooled(ratio), [example(2, 16, 20, 9), example(3, 12, 11, 5)], shapes, only_onnx=ratio == 0)
-    assert session.get_inputs()[2].shape[0] == "k"
+    assert isinstance(session.get_inputs()[2].shape[0], str)
 
 
 def test_roi_align_rotated_and_of_volumes():

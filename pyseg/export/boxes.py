@@ -24,6 +24,7 @@ def roi_align(
     aligned: bool,
     mode: str,
 ) -> Tensor:
+    """A fixed number of points of each box, gathered."""
     rows = boxes.to(wide_dtype(input))
     level = torch.zeros_like(rows[:, 0], dtype=torch.int64)
     return _sampled("roi_align", [input], rows, level, output_size, [spatial_scale], sampling_ratio, aligned, mode)
@@ -44,6 +45,7 @@ def multiscale_roi_align(
     canonical_level: float,
     epsilon: list[float],
 ) -> Tensor:
+    """The same, each box from its level's map; a level is as many limits as the box's size reaches."""
     rows = boxes.to(wide_dtype(features[0]))
     rotated = rows.shape[1] == 6
     area = rows[:, 3] * rows[:, 4] if rotated else (rows[:, 3] - rows[:, 1]) * (rows[:, 4] - rows[:, 2])
@@ -187,6 +189,7 @@ def _pasted_axis(
 
 @decomposes("crop_masks")
 def crop_masks(masks: Tensor, boxes: Tensor, size: list[int], sampling_ratio: int, aligned: bool) -> Tensor:
+    """RoIAlign of the masks as float32."""
     maps = (masks != 0).to(torch.float32).unsqueeze(1)
     pooled: Tensor = torch.ops.pyseg.roi_align(maps, boxes, size, 1.0, sampling_ratio, aligned, "avg")
     return pooled.squeeze(1)
@@ -194,4 +197,5 @@ def crop_masks(masks: Tensor, boxes: Tensor, size: list[int], sampling_ratio: in
 
 @decomposes("paste_masks_rle")
 def paste_masks_rle(*arguments: object) -> tuple[Tensor, Tensor]:
+    """Raises: there is no such thing."""
     raise cannot("paste_masks", "run lengths are bytes of COCO's files, not tensors of a network: paste bool masks")

@@ -92,12 +92,13 @@ def permutohedral_filter(
 
 @decomposes("permutohedral_vertex_kernel")
 def permutohedral_vertex_kernel(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Raises: there is no such thing."""
     raise cannot("permutohedral_lattice", 'accuracy "high" needs a sparse product: use "fast" or "exact"')
 
 
-@replaces(torch.ops.aten._cdist_forward.default)
-def _cdist_forward(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None) -> Tensor:
-    """What accuracy "exact" measures distances with; neither ATen nor ONNX's exporter decompose it."""
+@replaces(torch.ops.aten.cdist.default)
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    """What accuracy "exact" measures distances with; ONNX's exporter has no form of it."""
     if p != 2:
         return NotImplemented
     return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1).sqrt()

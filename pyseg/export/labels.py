@@ -14,6 +14,7 @@ POISON = 1 << 48  # taken off every cell where a label is out of range, as on CU
 def confusion_matrix(
     prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None = None, per_image: bool = False
 ) -> Tensor:
+    """A sum of ones scattered to the cells of each image; labels out of range make a matrix negative, as on CUDA."""
     if prediction.is_floating_point():
         prediction = prediction.argmax(1)
     images = target.shape[0]
@@ -54,7 +55,9 @@ def distance_transform(
             place = costs.argmin(-1)
             there = lines.gather(-1, place) == lines
             nearest = [
-                torch.where(there, each.movedim(axis, -1).gather(-1, place), each_own.movedim(axis, -1)).movedim(-1, axis)
+                torch.where(there, each.movedim(axis, -1).gather(-1, place), each_own.movedim(axis, -1)).movedim(
+                    -1, axis
+                )
                 for each, each_own in zip(nearest, _own_places(labels, len(spacing)), strict=False)
             ]
             nearest.append(place.movedim(-1, axis))
@@ -125,6 +128,7 @@ def segmentation_statistics(
     pixel: bool,
     smoothing: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The reference's sums, which are in float64 like the operator's."""
     sums = reference.segmentation_statistics(
         logits, target, pixel_weight, activation, ignore_index, gamma, region, pixel, smoothing
     )
@@ -141,6 +145,7 @@ def pixel_cross_entropy(
     gamma: float,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
+    """The reference's map."""
     losses = reference.pixel_cross_entropy(
         logits, target, class_weight, activation, ignore_index, gamma, label_smoothing
     )

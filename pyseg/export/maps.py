@@ -49,6 +49,7 @@ def _to_channels_last(input: Tensor) -> Tensor:
 def bilinear_upsample(
     input: Tensor, size: list[int], align_corners: bool, scale_factors: list[float] | None = None
 ) -> Tensor:
+    """Interpolation of ATen; by scale factors where these, not the sizes, say where to look."""
     if scale_factors is not None and not align_corners:
         return torch.ops.aten.upsample_bilinear2d.vec(input, None, align_corners, scale_factors)
     return torch.ops.aten.upsample_bilinear2d.vec(input, size, align_corners, None)
@@ -56,6 +57,7 @@ def bilinear_upsample(
 
 @decomposes("upsample_concat")
 def upsample_concat(inputs: list[Tensor], size: list[int], align_corners: bool) -> Tensor:
+    """Interpolations and a concatenation."""
     return torch.cat([_resized(each, size, align_corners) for each in inputs], 1)
 
 
@@ -69,6 +71,7 @@ def upsample_concat_depthwise(
     dilations: list[int],
     align_corners: bool,
 ) -> Tensor:
+    """The concatenated maps, and a depthwise convolution for each rate."""
     features = upsample_concat(inputs, size, align_corners)
     wide = wide_dtype(features)
     filters = weight.to(wide) if scale is None else weight.to(wide) * scale.to(wide)[:, :, None, None]
@@ -78,9 +81,7 @@ def upsample_concat_depthwise(
         bias = None if shift is None else shift[rate].to(features.dtype)
         around = [dilation, dilation]
         outputs.append(
-            torch.ops.aten.convolution(
-                features, kernel, bias, [1, 1], around, around, False, [0, 0], features.shape[1]
-            )
+            torch.ops.aten.convolution(features, kernel, bias, [1, 1], around, around, False, [0, 0], features.shape[1])
         )
     return torch.stack(outputs)
 

@@ -23,6 +23,7 @@ def roi_align(
     aligned: bool,
     mode: str,
 ) -> Value:
+    """RoiAlign in float32."""
     maps, rows = op.Cast(input, to=FLOAT.dtype), op.Cast(boxes, to=FLOAT.dtype)
     pooled = _aligned("roi_align", maps, rows, output_size, spatial_scale, sampling_ratio, aligned, mode)
     return op.CastLike(pooled, input)
@@ -47,14 +48,14 @@ def multiscale_roi_align(
     x1, y1, x2, y2 = (op.Gather(rows, op.Constant(value_int=column), axis=1) for column in range(1, 5))
     area = op.Mul(op.Sub(x2, x1), op.Sub(y2, y1))
     size = op.Sqrt(op.Max(area, op.Constant(value_float=0.0)))
-    ratio = op.Add(op.Div(size, op.Constant(value_float=float(canonical_size))), op.Constant(value_float=float(epsilon[0])))
+    ratio = op.Add(
+        op.Div(size, op.Constant(value_float=float(canonical_size))), op.Constant(value_float=float(epsilon[0]))
+    )
     level = op.Cast(op.GreaterOrEqual(area, op.Constant(value_float=0.0)), to=INT64.dtype)  # 0: none, 1: the least
     for limit in level_limits(least_level, most_level, canonical_level, epsilon[1]):
         above = op.GreaterOrEqual(ratio, op.Constant(value_float=limit))
         level = op.Add(level, op.Mul(op.Cast(above, to=INT64.dtype), op.Min(level, op.Constant(value_int=1))))
-    whole = op.Concat(
-        op.Shape(rows, start=0, end=1), op.Shape(features[0], start=1, end=2), _ints(output_size), axis=0
-    )
+    whole = op.Concat(op.Shape(rows, start=0, end=1), op.Shape(features[0], start=1, end=2), _ints(output_size), axis=0)
     result = op.Expand(op.Constant(value_float=0.0), whole)
     for number, (feature, scale) in enumerate(zip(features, spatial_scales, strict=True), start=1):
         mine = op.NonZero(op.Equal(level, op.Constant(value_int=number)))  # [1, k]
@@ -127,6 +128,7 @@ def nms(boxes: Value, scores: Value, idxs: Value | None, iou_threshold: float) -
 
 
 def nms_padded(boxes: Value, scores: Value, idxs: Value | None, iou_threshold: float) -> tuple[Value, Value]:
+    """The rows of `nms`, padded, and their number."""
     rows = nms(boxes, scores, idxs, iou_threshold)
     count = op.Shape(rows)
     missing = op.Sub(op.Shape(boxes, start=0, end=1), count)

@@ -53,7 +53,7 @@ def permutohedral_lattice(features: Value, scale: float, max_vertices: int) -> t
 
 
 def _simplex(features: Value, d: int, scale: float, dtype: Any) -> tuple[Value, Value, Value]:
-    """The corner of remainder zero, how far the point is from it (in periods), and the coordinates' ranks: [N, P, i]."""
+    """Corners of remainder zero, how far points are from them (in periods), and coordinates' ranks: [N, P, i]."""
     period = d + 1
     # In the kernels' order of operations: where a point lies on a side of its simplex, rounding says to which of two.
     factors = [scale * period * math.sqrt(2 / 3) / math.sqrt((i + 1) * (i + 2)) for i in range(d)]

@@ -15,9 +15,9 @@ class FastFCN(nn.Module):
     r"""Logits of every pixel from a pyramid of maps: head(JPU(stages 2 to 4)), upsampled to the image's size.
 
     Args:
-        backbone: takes images [N, 3, H, W] and returns maps, finest first; its `channels` are theirs. The last three
-            count, which have strides 8, 16 and 32.
-        num_classes: channels of the result.
+        backbone: takes images [N, 3, H, W] and returns maps, finest first. The last three count, which have strides 8,
+            16 and 32.
+        channels: of the maps.
         width: of the JPU, whose result has four times as many channels.
         head: takes these to classes, as `segmentation_head` does.
     """
