@@ -69,9 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     started = time.perf_counter()
     first, last = train(model, arguments.steps)
-    print(
-        f"{arguments.steps} steps in {time.perf_counter() - started:.0f} s: loss {first:.3f} at first, {last:.3f} at last"
-    )
+    taken = time.perf_counter() - started
+    print(f"{arguments.steps} steps in {taken:.0f} s: loss {first:.3f} at first, {last:.3f} at last")
 
     scores = {"DeepLab": mean_iou(Unary(model)), "DeepLab with CRF": mean_iou(model)}
     for name, score in scores.items():

@@ -75,9 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     accelerate(network.train(), next(batches(HELD_OUT)), "one training step")
     first, last = train(network, arguments.steps, HELD_OUT + 1 + arguments.seed)
     taken = time.perf_counter() - started
-    print(
-        f"trained in {taken:.0f} s, {arguments.steps} steps of {BATCH} images of {SIDE}x{SIDE}: loss {first:.2f} at first, {last:.2f} at last"
-    )
+    print(f"trained in {taken:.0f} s, {arguments.steps} steps of {BATCH} images of {SIDE}x{SIDE}")
+    print(f"loss {first:.2f} at first, {last:.2f} at last")
 
     images, targets = next(batches(HELD_OUT, arguments.held_out))
     pyseg.restore(network).eval()
