@@ -24,8 +24,8 @@ class ResNetStages(nn.Module):
 
     def __init__(self, name: str, output_stride: int = 32, weights: Any = None) -> None:
         super().__init__()
-        from torchvision.models import get_model
-        from torchvision.models.resnet import ResNet
+        from torchvision.models import get_model  # type: ignore[import-untyped]
+        from torchvision.models.resnet import ResNet  # type: ignore[import-untyped]
 
         if output_stride not in OUTPUT_STRIDES:
             raise ValueError(f"ResNetStages: output_stride must be 8, 16 or 32, got {output_stride}")
