@@ -51,17 +51,18 @@ def run_session(session, arguments):
     ]
 
 
-def check(model, examples, dynamic_shapes=None, tolerance=1e-5, only_onnx=False, compare=None, optimize=False):
+def check(model, examples, dynamic_shapes=None, tolerance=1e-5, aten=False, compare=None, optimize=False):
     """Runs a model, its program of ATen operators and its ONNX file on examples, and compares.
 
-    onnxscript's optimiser takes half the time, so that only models go through it.
+    Most programs of ATen operators alone are what the ONNX file is made from: only some are run by themselves. Neither
+    does onnxscript's optimiser, which takes half the time, see all of them.
     """
     compare = compare or (lambda got, expected: torch.testing.assert_close(got, expected, rtol=1e-4, atol=tolerance))
     with torch.no_grad():
         expected = [flat(model(*arguments)) for arguments in examples]
         program = torch.export.export(model, examples[0], dynamic_shapes=dynamic_shapes, strict=False)
         assert any("pyseg" in str(node.target) for node in program.graph.nodes)
-        if not only_onnx:
+        if aten:
             decomposed = program.run_decompositions(pyseg.export.decompositions())
             assert not any("pyseg" in str(node.target) for node in decomposed.graph.nodes)
             module = decomposed.module()
@@ -112,7 +113,9 @@ class Convolutions(nn.Module):
 
 def test_atrous_conv2d():
     shapes = {"x": maps("n", "h", "w")}
-    session = check(Convolutions().eval(), [(rand(2, 6, 9, 8),), (rand(1, 6, 13, 5),)], shapes, optimize=True)
+    session = check(
+        Convolutions().eval(), [(rand(2, 6, 9, 8),), (rand(1, 6, 13, 5),)], shapes, aten=True, optimize=True
+    )
     assert [isinstance(size, str) for size in session.get_inputs()[0].shape] == [True, False, True, True]
 
 
@@ -138,7 +141,7 @@ def test_upsample():
     )
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("axes", [1, 3])
 def test_gaussian_filter(axes):
     shape = (2, 3, 9, 8, 7)[: 2 + axes]
     model = Call(lambda x: (F.gaussian_filter(x, [1.5, 0.0, 2.0][:axes]), F.gaussian_filter(x, 2.0, normalize=False)))
@@ -190,7 +193,7 @@ def test_accelerated_model():
     pytest.importorskip("torchvision")
     model = pyseg.accelerate(Small().eval())
     assert any(row.became for row in pyseg.report(model).rows)
-    check(model, [(rand(2, 3, 12, 10),), (rand(1, 3, 9, 15),)], {"x": maps("n", "h", "w")}, optimize=True)
+    check(model, [(rand(2, 3, 12, 10),), (rand(1, 3, 9, 15),)], {"x": maps("n", "h", "w")}, aten=True, optimize=True)
     file = io.BytesIO()
     with torch.no_grad():
         torch.export.save(torch.export.export(model, (rand(2, 3, 12, 10),)), file)
@@ -231,7 +234,7 @@ def test_roi_align(ratio):
 
     shapes = ({0: Dim("n"), 2: Dim("h", min=4), 3: Dim("w", min=4)}, {0: Dim("n"), 2: Dim("p"), 3: Dim("q")})
     shapes = {"args": (*shapes, {0: Dim("k")})}
-    session = check(pooled(ratio), [example(2, 16, 20, 9), example(3, 12, 11, 5)], shapes, only_onnx=ratio == 0)
+    session = check(pooled(ratio), [example(2, 16, 20, 9), example(3, 12, 11, 5)], shapes, aten=ratio > 0)
     assert isinstance(session.get_inputs()[2].shape[0], str)
 
 
@@ -275,7 +278,7 @@ def test_nms():
         )
 
     k = {0: Dim("k")}
-    check(Call(function), [example(40, 0), example(23, 1), example(1, 2)], {"args": (k, k, k)}, only_onnx=True)
+    check(Call(function), [example(40, 0), example(23, 1), example(1, 2)], {"args": (k, k, k)})
 
 
 def test_what_has_no_form():
@@ -398,7 +401,7 @@ def test_dense_crf():
     """The lattice too: its vertices by Unique, neighbours too."""
     sizes = maps("n", "h", "w")
     examples = [scene(2, 12, 9), scene(1, 7, 10)]
-    check(refined(iterations=1), examples, {"args": (sizes, sizes)}, tolerance=1e-4, only_onnx=True)
+    check(refined(iterations=1), examples, {"args": (sizes, sizes)}, tolerance=1e-4)
     check(refined(output="labels", appearance=None), [scene(2, 12, 9)])
 
 
@@ -422,4 +425,4 @@ def test_permutohedral_lattice():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
     for d in (1, 3):
-        check(Call(function), [features(2, d, 30)], only_onnx=True, compare=sorted_counts)
+        check(Call(function), [features(2, d, 30)], compare=sorted_counts)
