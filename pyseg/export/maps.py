@@ -94,19 +94,28 @@ def _resized(input: Tensor, size: list[int], align_corners: bool) -> Tensor:
 
 @decomposes("gaussian_filter")
 def gaussian_filter(values: Tensor, sigma: list[float], truncate: float, normalize: bool) -> Tensor:
-    """A convolution with a kernel of one axis for each axis."""
+    """A convolution along each axis; in float64, which onnxruntime has no convolution for, a product with a matrix."""
     maps = values.to(wide_dtype(values)).flatten(0, 1).unsqueeze(1)  # [N * C, 1, *S]
-    axes = len(sigma)
     for axis, s in enumerate(sigma):
         if s == 0:
             continue
         radius = int(truncate * s + 0.5)
         places = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
         taps = (places.square() / (-2 * s * s)).exp()
-        if normalize:
-            taps = taps / taps.sum()
-        shape = [2 * radius + 1 if i == axis else 1 for i in range(axes)]
-        padding = [radius if i == axis else 0 for i in range(axes)]
-        ones, zeros = [1] * axes, [0] * axes
-        maps = torch.ops.aten.convolution(maps, taps.view(1, 1, *shape), None, ones, padding, ones, False, zeros, 1)
+        whole = taps.sum() if normalize else torch.ones_like(places[0])
+        if maps.dtype == torch.float64:
+            place = torch.arange(maps.shape[2 + axis], dtype=maps.dtype, device=maps.device)
+            apart = (place[:, None] - place).abs()
+            matrix = torch.where(apart <= radius, (apart.square() / (-2 * s * s)).exp() / whole, 0)
+            maps = (maps.movedim(2 + axis, -1) @ matrix).movedim(-1, 2 + axis)
+        else:
+            maps = _along(maps, taps / whole, axis, radius)
     return maps.reshape(values.shape).to(values.dtype)
+
+
+def _along(maps: Tensor, taps: Tensor, axis: int, radius: int) -> Tensor:
+    axes = maps.dim() - 2
+    shape = [taps.shape[0] if i == axis else 1 for i in range(axes)]
+    padding = [radius if i == axis else 0 for i in range(axes)]
+    ones, zeros = [1] * axes, [0] * axes
+    return torch.ops.aten.convolution(maps, taps.view(1, 1, *shape), None, ones, padding, ones, False, zeros, 1)
