@@ -108,7 +108,7 @@ def _sampled(
         total = term if total is None else total + term
     assert total is not None
     for axis, bins in enumerate(output_size):  # [K, bins, points, ..., C], innermost last
-        total = total.unflatten(1 + 2 * axis, (bins, ratio))
+        total = total.unflatten(1 + 2 * axis, (bins, ratio))  # type: ignore[no-untyped-call]
     points = [2 + 2 * axis for axis in range(axes)]
     pooled = total.mean(points) if mode == "avg" else total.amax(points)
     return pooled.movedim(-1, 1).to(maps[0].dtype)
