@@ -1,14 +1,14 @@
-"""Segments several views of a street together: labels of one view, or of a few points, reach all of them.
+"""Segments several views of a street together: labels of one view reach all of them.
 
-    python examples/multi_view_street.py                         # about half a minute on two cores
-    python examples/multi_view_street.py --views 6 --seed 3 -o street.png
+    python examples/multi_view_street.py                         # a few seconds on two cores
+    python examples/multi_view_street.py --views 6 --seed 2 -o street.png
 
 The street is drawn here by casting rays: facades with windows, road, pavement, parked cars and trees, seen by a camera
-that drives along it. Only the first view is labelled, by hand as it were: a tenth of its blocks are wrong. From it a
-classifier of colour and height learns (a Gaussian a class); a dense CRF sharpens its map in each view by itself, which is
-the baseline. Then all views are segmented as one random field (Xiao and Quan 2009): points of the scene, some of them
-matched wrongly, link the pixels that see them. The same again with labels of points of the scene instead of a view, a
-tenth of them wrong. Prints accuracy and mean IoU a view, writes a picture, and fails where links gain too little.
+that drives along it. Only the view in the middle is labelled, by hand as it were: a tenth of its blocks are wrong. From
+it a classifier of colour and height learns (a Gaussian a class); a dense CRF sharpens its map in each view by itself,
+which is the baseline. Then all views are segmented as one random field (Xiao and Quan 2009): points of the scene, a tenth
+of their observations wrong matches, link the pixels that see them. Prints accuracy and mean IoU a view, writes a picture,
+and fails where the linked views stay below --least or below the baseline.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from pathlib import Path
 CLASSES = ("sky", "facade", "road", "pavement", "car", "tree")
 COLORS = ((120, 180, 240), (180, 90, 60), (90, 90, 100), (200, 180, 160), (60, 60, 220), (60, 160, 60))
 SKY, FACADE, ROAD, PAVEMENT, CAR, TREE = range(6)
-EYE_HEIGHT, STEP = 2.2, 2.2  # of the camera and between views, in metres
+EYE_HEIGHT, STEP = 2.2, 1.2  # of the camera and between views, in metres
 WRONG = 0.1  # of the labels, and of the observations of points
 BLOCK = 8  # pixels of the blocks that are labelled wrongly
-LABELLED_POINTS = 150  # for each view
 TRUST = 0.9  # in a label
+EVIDENCE = 0.5  # of colour and height, beside what the CRF knows
 COLOR_SIGMA = 25.0  # of observations that belong together, of 0 to 255
 CRF = {"smoothness": 2.0, "appearance": 4.0, "spatial_sigma": 30.0, "color_sigma": 12.0}
 
@@ -47,10 +47,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("street.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--views", type=int, default=4, help="2 to 12, default %(default)s")
-    parser.add_argument("--height", type=int, default=144, help="of a view in pixels, default %(default)s")
-    parser.add_argument("--points", type=int, default=4000, help="of the scene that link views, default %(default)s")
+    parser.add_argument("--height", type=int, default=120, help="of a view in pixels, default %(default)s")
+    parser.add_argument("--points", type=int, default=15000, help="of the scene that link views, default %(default)s")
     parser.add_argument("--steps", type=int, default=10, help="iterations of mean field, default %(default)s")
-    parser.add_argument("--least", type=float, default=0.05, help="mean IoU to gain by links, default %(default)s")
+    parser.add_argument("--least", type=float, default=0.7, help="mean IoU to reach, default %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all, here %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the street, default %(default)s")
     return parser.parse_args()
@@ -88,34 +88,28 @@ def run(arguments: argparse.Namespace) -> int:
         f"{len(links.columns) // 2} links"
     )
 
-    pictures = {"photographs": photos, "truth": truth}
-    gains = []
-    for title, labels in (
-        ("labels of the first view", labels_of_first_view(truth)),
-        ("labels of points of the scene", labels_at_points(points, cameras, depth, truth)),
-    ):
-        known = models.label_energies(labels, len(CLASSES), TRUST)
-        unary = classifier(photos, labels) + known
-        results = {"classifier": unary.argmin(1)}
-        say(f"{title}: every view by itself")
-        results["single views"] = dense_crf(unary, photos, iterations=arguments.steps, output="labels", **CRF)
-        say(f"{title}: all views together")
-        clock = time.perf_counter()
-        results["linked views"] = models.multi_view_crf(
-            unary, photos, links, iterations=arguments.steps, output="labels", **CRF
-        )
-        clock = time.perf_counter() - clock
-        say("")
-        print(f"\n{title}, {(labels >= 0).float().mean():.1%} of the pixels; the field of all views in {clock:.2f} s")
-        scores = {name: report(name, result, truth) for name, result in results.items()}
-        gains.append(scores["linked views"] - scores["single views"])
-        if not gains[1:]:
-            pictures.update(results)
-    draw(arguments.output, pictures)
-    print(f"\nwrote {arguments.output}; done in {time.perf_counter() - started:.0f} s")
-    if min(gains) < arguments.least:
+    labels = labels_of_one_view(truth, arguments.views // 2)
+    unary = EVIDENCE * classifier(photos, labels) + models.label_energies(labels, len(CLASSES), TRUST)
+    results = {"classifier": unary.argmin(1)}
+    say("every view by itself")
+    results["single views"] = dense_crf(unary, photos, iterations=arguments.steps, output="labels", **CRF)
+    say("all views together")
+    clock = time.perf_counter()
+    results["linked views"] = models.multi_view_crf(
+        unary, photos, links, iterations=arguments.steps, output="labels", **CRF
+    )
+    taken = time.perf_counter() - clock
+    say("")
+    print(f"{arguments.steps} iterations over all views in {taken:.2f} s\n\naccuracy and mean IoU of each view")
+    scores = {name: report(name, result, truth) for name, result in results.items()}
+    draw(arguments.output, {"photographs": photos, "truth": truth, **results})
+    print(f"wrote {arguments.output}; done in {time.perf_counter() - started:.0f} s")
+    least = max(arguments.least, scores["single views"])
+    if scores["linked views"] < least:
         print(
-            f"multi_view_street: links must gain {arguments.least} of mean IoU, got {min(gains):.3f}", file=sys.stderr
+            f"multi_view_street: mean IoU of the linked views must be at least {least:.3f}, "
+            f"got {scores['linked views']:.3f}",
+            file=sys.stderr,
         )
         return 1
     return 0
@@ -125,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def classifier(photos, labels):
-    """Energies [M, C, H, W] of a Gaussian in colour and height for each class, fitted to the labels that there are."""
+    """Energies [M, C, H, W] of a Gaussian in colour and height for each class, fitted to what is labelled."""
     import torch
 
     views, _, height, width = photos.shape
@@ -136,7 +130,7 @@ def classifier(photos, labels):
     for label in range(len(CLASSES)):
         own = features[labels == label]
         if len(own) < 2:
-            raise UserError(f"the labels must show some {CLASSES[label]}: try another --seed or more --points")
+            raise UserError(f"the labels must show some {CLASSES[label]}: try another --seed")
         spread = own.T.cov() + 0.02 * torch.eye(4)
         from_mean = features - own.mean(0)
         distance = (from_mean @ spread.inverse() * from_mean).sum(-1)
@@ -144,8 +138,8 @@ def classifier(photos, labels):
     return -(-torch.stack(energies, 1)).clamp_min(-50).log_softmax(1).clamp_min(math.log(0.01))
 
 
-def labels_of_first_view(truth):
-    """Label maps [M, H, W], -1 in all views but the first one, which is wrong in some of its blocks."""
+def labels_of_one_view(truth, view: int):
+    """Label maps [M, H, W], -1 in all views but one, which is wrong in some of its blocks."""
     import torch
 
     height, width = truth.shape[1:]
@@ -153,27 +147,8 @@ def labels_of_first_view(truth):
     guess = torch.where(torch.rand(places) < WRONG, torch.randint(len(CLASSES), places), -1)
     guess = guess.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:height, :width]
     labels = torch.full_like(truth, -1)
-    labels[0] = torch.where(guess >= 0, guess, truth[0])
+    labels[view] = torch.where(guess >= 0, guess, truth[view])
     return labels
-
-
-def labels_at_points(points, cameras, depth, truth):
-    """Label maps [M, H, W], -1 but where one of some points of the scene is seen; some of their labels are wrong."""
-    import torch
-
-    from pyseg.models import labels_of_points, observe_points
-
-    chosen = points[torch.randperm(len(points))[: LABELLED_POINTS * len(cameras)]]
-    tracks = observe_points(chosen, cameras, depth.shape[1:], depth)
-    labels = torch.full((len(chosen),), -1)
-    labels[tracks[:, 0]] = truth[tracks[:, 1], tracks[:, 2], tracks[:, 3]]
-    wrong = torch.rand(len(chosen)) < WRONG
-    labels[wrong] = torch.randint(len(CLASSES), (int(wrong.sum()),))
-    # A label is asked for in one view only: the links have to carry it to the others.
-    order = tracks[:, 0].argsort(stable=True)
-    first = torch.ones(len(order), dtype=torch.bool)
-    first[1:] = tracks[order[1:], 0] != tracks[order[:-1], 0]
-    return labels_of_points(tracks[order[first]], labels, truth.shape)
 
 
 def mistaken(tracks, size):
@@ -232,6 +207,7 @@ def street():
     start, end = LENGTH
     rectangles.append(((start - 20, -20, 0), (end - start + 60, 0, 0), (0, KERB + 20, 0), ROAD, (95, 95, 100)))
     rectangles.append(((start - 20, KERB, 0.12), (end - start + 60, 0, 0), (0, 60, 0), PAVEMENT, (150, 145, 140)))
+    rectangles.append(((start - 20, KERB, 0), (end - start + 60, 0, 0), (0, 0, 0.12), PAVEMENT, (170, 165, 160)))
     x = start
     while x < end:
         width = uniform(5, 9)
@@ -299,13 +275,13 @@ def cast(scene, centre, rays):
     color = torch.tensor([[175.0], [195.0], [215.0]]) - haze * torch.tensor([[70.0], [45.0], [5.0]])
     rectangles, balls = scene
     for number, (origin, along, up, kind, paint) in enumerate(rectangles):
-        a, b = torch.tensor(along), torch.tensor(up)
-        normal = torch.linalg.cross(a.float(), b.float())
-        start = torch.tensor(origin) - centre
+        along, up, start = (torch.tensor(vector).float() for vector in (along, up, origin))
+        start -= centre
+        normal = torch.linalg.cross(along, up)
         distance = (normal @ start) / (normal @ rays)
         place = distance * rays - start[:, None]
-        s, t = (a.float() @ place) / a.norm(dtype=torch.float32), (b.float() @ place) / b.norm(dtype=torch.float32)
-        inside = (s >= 0) & (s <= a.norm(dtype=torch.float32)) & (t >= 0) & (t <= b.norm(dtype=torch.float32))
+        s, t = along @ place / along.norm(), up @ place / up.norm()
+        inside = (s >= 0) & (s <= along.norm()) & (t >= 0) & (t <= up.norm())
         seen = inside & (distance > 0.1) & (distance < depth)
         depth[seen], label[seen] = distance[seen], kind
         color[:, seen] = texture(kind, paint, s[seen], t[seen], number)
