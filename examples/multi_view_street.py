@@ -6,9 +6,9 @@
 The street is drawn here by casting rays: facades with windows, road, pavement, parked cars and trees, seen by a camera
 that drives along it. Only the view in the middle is labelled, by hand as it were: a tenth of its blocks are wrong. From
 it a classifier of colour and height learns (a Gaussian a class); a dense CRF sharpens its map in each view by itself,
-which is the baseline. Then all views are segmented as one random field (Xiao and Quan 2009): points of the scene, a tenth
-of their observations wrong matches, link the pixels that see them. Prints accuracy and mean IoU a view, writes a picture,
-and fails where the linked views stay below --least or below the baseline.
+which is the baseline. Then all views are segmented as one random field (Xiao and Quan 2009): points of the scene, a
+tenth of their observations wrong matches, link the pixels that see them. Prints accuracy and mean IoU a view, writes a
+picture, and fails where the linked views stay below --least or below the baseline.
 """
 
 import argparse

@@ -14,7 +14,7 @@ _MOST = 2**31 - 1  # pixels and links: indices are int32
 
 
 class PixelLinks(NamedTuple):
-    """Weighted links between the R = N * P pixels of N images of P pixels, in compressed rows and in those of the transpose.
+    """Weighted links between the R = N * P pixels of N images: compressed rows, and those of the transpose.
 
     `correspondence_links`, `track_links` and `pixel_links` build it once; a pytree of tensors, in the order of
     `torch.ops.pyseg.sparse_pairwise`. Pixel p of image n is the row n * P + p.
@@ -171,9 +171,7 @@ def track_links(tracks: Tensor, shape: Sequence[int], weights: Tensor | None = N
 def _pixels(op: str, name: str, pixels: Tensor, shape: list[int]) -> Tensor:
     """Rows of pixels (image, *position)."""
     if pixels.dim() != 2 or pixels.shape[1] != len(shape) or pixels.is_floating_point():
-        raise RuntimeError(
-            f"{op}: {name} must be [K, {len(shape)}] integers, got {list(pixels.shape)} {pixels.dtype}"
-        )
+        raise RuntimeError(f"{op}: {name} must be [K, {len(shape)}] integers, got {list(pixels.shape)} {pixels.dtype}")
     size = torch.tensor(shape, device=pixels.device)
     outside = (pixels < 0) | (pixels >= size)
     if outside.any():

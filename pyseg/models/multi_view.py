@@ -40,8 +40,8 @@ def multi_view_crf(
         image: [M, K, H, W], what the appearance kernel compares; None: no such kernel.
         links: of `track_links` or `correspondence_links` with shape (M, H, W).
         correspondence: compatibility w of linked pixels: a number, [C], or costs [C, C] as in `dense_crf`.
-        link_normalization: of the links, as `normalization` of `dense_crf`: "symmetric" makes a pixel's links count like
-            one, however many there are and however small their weights.
+        link_normalization: of the links, as `normalization` of `dense_crf`: "symmetric" makes a pixel's links
+            count like one, however many there are and however small their weights.
         iterations: labels travel one link, or as far as the appearance kernel reaches, in each.
         arguments: further ones of `dense_crf`.
 

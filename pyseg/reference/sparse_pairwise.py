@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def link_matrix(first: Tensor, second: Tensor, shape: Sequence[int], weights: Tensor | None = None) -> Tensor:
-    """Symmetric [R, R] float64 of pairs of pixels [K, 1 + axes] (image, *position) in images of a shape (N, *S), R pixels.
+    """Symmetric [R, R] float64 of pairs of pixels [K, 1 + axes] (image, *position) in images (N, *S) of R pixels.
 
     W[i, j] = W[j, i] = the sum of the weights [K] of all pairs of i and j; nothing on the diagonal. O(R^2) of memory.
     """
@@ -44,8 +44,8 @@ def multi_view_crf(
 ) -> Tensor:
     r"""Marginals [M, C, P] after n rounds of Q = softmax(-(U + sum_m mu_m K_m Q) / temperature) over all views at once.
 
-    unary [M, C, P] energies of M views; matrices [M P, M P], the kernels between all pixels of all views (within a view:
-    blocks on the diagonal); compatibility mu [C, C], costs.
+    unary [M, C, P] energies of M views; matrices [M P, M P], the kernels between all pixels of all views (within
+    a view: blocks on the diagonal); compatibility mu [C, C], costs.
     """
     views, _, points = unary.shape
     wide = unary.double()

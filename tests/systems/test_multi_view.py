@@ -111,7 +111,7 @@ def test_example(tmp_path):
     command += ["--points", "3000", "--steps", "4", "--threads", "1", "--least", "0.999", "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 1, done.stderr
-    totals = dict(re.findall(r"^(\w+ ?\w*) .* all \d\.\d+ (\d\.\d+)$", done.stdout, re.MULTILINE))
+    totals = dict(re.findall(r"^(\w+(?: \w+)?)  .* all \d\.\d+ (\d\.\d+)$", done.stdout, re.MULTILINE))
     assert set(totals) == {"classifier", "single views", "linked views"}
     assert float(totals["linked views"]) > float(totals["single views"])
     expected = f"multi_view_street: mean IoU of the linked views must be at least 0.999, got {totals['linked views']}\n"
