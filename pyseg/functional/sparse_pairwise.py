@@ -133,7 +133,7 @@ def correspondence_links(
     a, b, weights = (tensor[different] for tensor in (*pairs, weights))
     key = torch.cat([a * pixels + b, b * pixels + a])  # below 2^62
     order = key.argsort(stable=True)
-    unique, length = key[order].unique_consecutive(return_counts=True)
+    unique, length = torch.unique_consecutive(key[order], return_counts=True)
     # In the order of the pairs, without atomics: the same bits in every run.
     summed = torch.segment_reduce(torch.cat([weights, weights])[order], "sum", lengths=length, unsafe=True)
     rows = torch.div(unique, pixels, rounding_mode="floor") if pixels else unique
@@ -156,7 +156,7 @@ def track_links(tracks: Tensor, shape: Sequence[int], weights: Tensor | None = N
     if weights is not None and weights.shape != tracks.shape[:1]:
         raise RuntimeError(f"{op}: weights must be {[tracks.shape[0]]}, got {list(weights.shape)}")
     order = tracks[:, 0].argsort(stable=True)
-    _, length = tracks[order, 0].unique_consecutive(return_counts=True)
+    _, length = torch.unique_consecutive(tracks[order, 0], return_counts=True)
     # Each observation is paired with those after it in its track.
     last = length.cumsum(0).repeat_interleave(length)
     place = torch.arange(tracks.shape[0], device=tracks.device)

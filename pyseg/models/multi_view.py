@@ -150,7 +150,7 @@ def color_agreement(image: Tensor, tracks: Tensor, sigma: float) -> Tensor:
     image [M, K, H, W]; tracks [T, 4] (point, view, y, x); sigma in units of the image. Returns [T] float32.
     """
     colors = image[tracks[:, 1], :, tracks[:, 2], tracks[:, 3]].float()
-    _, track = tracks[:, 0].unique(return_inverse=True)
+    _, track = torch.unique(tracks[:, 0], return_inverse=True)
     count = torch.bincount(track)
     order = track.argsort(stable=True)
     means = torch.segment_reduce(colors[order], "mean", lengths=count, axis=0, unsafe=True)

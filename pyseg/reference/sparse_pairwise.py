@@ -25,13 +25,13 @@ def link_matrix(first: Tensor, second: Tensor, shape: Sequence[int], weights: Te
 
 def sparse_pairwise(values: Tensor, row_starts: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
     """out_i = sum over the entries k of row i of w_k v_{columns_k}, values [N, C, P] with rows n * P + p; float64."""
-    images, _, points = values.shape
+    images, channels, points = values.shape
     pixels = torch.arange(images * points)
     rows = pixels.repeat_interleave(row_starts.diff())
     matrix = torch.zeros(len(pixels), len(pixels), dtype=torch.float64)
     matrix = matrix.index_put((rows, columns.long()), weights.double(), accumulate=True)
     summed = matrix @ values.double().movedim(1, 2).flatten(0, 1)
-    return summed.unflatten(0, (images, points)).movedim(2, 1)
+    return summed.reshape(images, points, channels).movedim(2, 1)
 
 
 def multi_view_crf(
@@ -47,7 +47,7 @@ def multi_view_crf(
     unary [M, C, P] energies of M views; matrices [M P, M P], the kernels between all pixels of all views (within
     a view: blocks on the diagonal); compatibility mu [C, C], costs.
     """
-    views, _, points = unary.shape
+    views, classes, points = unary.shape
     wide = unary.double()
     marginals = (-wide / temperature).softmax(1)
     for _ in range(iterations):
@@ -55,6 +55,6 @@ def multi_view_crf(
         flat = marginals.movedim(1, 2).flatten(0, 1)
         for matrix, costs in zip(matrices, compatibility, strict=True):
             message = matrix.double() @ flat @ costs.double().T
-            energy = energy + message.unflatten(0, (views, points)).movedim(2, 1)
+            energy = energy + message.reshape(views, points, classes).movedim(2, 1)
         marginals = (-energy / temperature).softmax(1)
     return marginals
