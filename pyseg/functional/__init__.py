@@ -36,6 +36,8 @@ from pyseg.functional.surface_distance import average_surface_distance as averag
 from pyseg.functional.surface_distance import hausdorff_distance as hausdorff_distance
 from pyseg.functional.surface_distance import surface_dice as surface_dice
 from pyseg.functional.upsample_concat_depthwise import upsample_concat_depthwise as upsample_concat_depthwise
+from pyseg.functional.valve_conv2d import region_gate as region_gate
+from pyseg.functional.valve_conv2d import valve_conv2d as valve_conv2d
 
 __all__ = [
     "FeatureKernel",
@@ -67,10 +69,12 @@ __all__ = [
     "pixel_accuracy",
     "precision",
     "recall",
+    "region_gate",
     "roi_align",
     "specificity",
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",
+    "valve_conv2d",
     *_losses,
 ]

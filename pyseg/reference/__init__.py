@@ -24,6 +24,8 @@ from pyseg.reference.surface_distance import surface_dice as surface_dice
 from pyseg.reference.upsample import bilinear_upsample as bilinear_upsample
 from pyseg.reference.upsample import upsample_concat as upsample_concat
 from pyseg.reference.upsample import upsample_concat_depthwise as upsample_concat_depthwise
+from pyseg.reference.valve_conv2d import region_gate as region_gate
+from pyseg.reference.valve_conv2d import valve_conv2d as valve_conv2d
 
 __all__ = [
     "JPU",
@@ -45,9 +47,11 @@ __all__ = [
     "permutohedral_filter",
     "permutohedral_simplices",
     "pixel_cross_entropy",
+    "region_gate",
     "roi_align",
     "segmentation_statistics",
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",
+    "valve_conv2d",
 ]
