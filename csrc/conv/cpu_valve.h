@@ -144,9 +144,9 @@ class Valve {
   static constexpr int64_t kSlack = 8 * kLine;
   // Elements that a block's columns, and backward its gradients, may take: half of a small second-level cache.
   static constexpr int64_t kBlockElements = 16384;
-  static constexpr int64_t kLeastBlock = 48, kMostBlock = 768;
+  static constexpr int64_t kLeastBlock = 96, kMostBlock = 768;
   static_assert(kLeastBlock % kRows == 0, "a block's columns are read by whole tiles");
-  static_assert(kLeastBlock % kLine == 0 && kTileWidth<A> <= 2 * kLine, "a row's last line has room for a whole tile");
+  static_assert(kLeastBlock % kTileWidth<A> == 0, "and none behind them are computed with");
 
   struct Block {
     int64_t image, first, count;  // pixels
@@ -154,6 +154,8 @@ class Valve {
   struct Scratch {
     Scratch(const Valve& v, int64_t worker) {
       A* at = v.scratch_ + round_up(v.scratch_of_weights(), kLine) + worker * v.scratch_of_worker();
+      // Tiles reach beyond what is written. What they make of it is never used, but denormal numbers would be slow.
+      memset(at, 0, v.scratch_of_worker() * sizeof(A));
       const auto take = [&](int64_t n) {
         A* const taken = at;
         at += n;
