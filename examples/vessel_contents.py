@@ -44,8 +44,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("vessels.png"), help="PNG to write (%(default)s)")
-    parser.add_argument("--steps", type=int, default=250, help=f"of {BATCH} images a network, default %(default)s")
-    parser.add_argument("--images", type=int, default=600, help="to train on, default %(default)s")
+    parser.add_argument("--steps", type=int, default=160, help=f"of {BATCH} images a network, default %(default)s")
+    parser.add_argument("--images", type=int, default=400, help="to train on, default %(default)s")
     parser.add_argument("--held-out", type=int, default=96, help="images to measure on, default %(default)s")
     parser.add_argument("--least", type=float, default=0.6, help="mean IoU to reach, default %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all, here %(default)s")
@@ -90,11 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"wrote {arguments.output}; {taken:.0f} s, {cpu:.0f} s of processor time")
 
     if reached["valve"] < arguments.least or reached["valve"] <= reached["none"]:
-        print(
-            f"vessel_contents: valve filters must reach {arguments.least} and beat {reached['none']:.3f} without region, "
-            f"got {reached['valve']:.3f}",
-            file=sys.stderr,
-        )
+        wanted = f"{arguments.least} and beat {reached['none']:.3f} without region"
+        print(f"vessel_contents: valve filters must reach {wanted}, got {reached['valve']:.3f}", file=sys.stderr)
         return 1
     return 0
 
@@ -131,8 +128,10 @@ def scene(generator):
             return 0.15 + 0.6 * tint + 0.06 * noise(16)
         if kind == "foam":
             return 0.65 + 0.15 * tint + 0.3 * (noise(2) - 0.5)
-        return 0.2 + 0.4 * tint * torch.tensor([1.0, 0.8, 0.5])[:, None, None] + 0.5 * (
-            torch.rand(SIDE, SIDE, generator=generator) - 0.5
+        return (
+            0.2
+            + 0.4 * tint * torch.tensor([1.0, 0.8, 0.5])[:, None, None]
+            + 0.5 * (torch.rand(SIDE, SIDE, generator=generator) - 0.5)
         )
 
     image = torch.rand(3, 1, 1, generator=generator) * 0.6 + 0.2 + 0.3 * (noise(12) - 0.5)

@@ -252,3 +252,14 @@ def test_upsample(device, strict):
     for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-4)
+
+
+def test_valve_conv2d(device):
+    model = pyseg.nn.ValveConv2d(3, 4, 3, padding=1, relu=True, valve_std=0.5).to(device)
+    image, region = torch.randn(2, 3, 9, 8).to(device), torch.ones(2, 1, 9, 8).to(device)
+    sides = {0: Dim("n"), 2: Dim("h", min=4, max=4096), 3: Dim("w", min=4, max=4096)}
+    exported = torch.export.export(model, (image, region), dynamic_shapes={"input": sides, "region": sides})
+    program = saved_and_loaded(exported)
+    assert [node.target for node in program.graph.nodes].count(torch.ops.pyseg.valve_conv2d.default) == 1
+    image, region = torch.randn(1, 3, 5, 12).to(device), torch.randn(1, 1, 5, 12).to(device)
+    torch.testing.assert_close(program.module()(image, region), model(image, region))

@@ -1,4 +1,4 @@
-// valve_conv2d, region_gate and their gradients (Eppel 2017, 1708.08711, figure 1; formula in valve_conv2d_math.h).
+// valve_conv2d, region_gate and their gradients (Eppel 2017, 1708.08711; formula in valve_conv2d_math.h).
 // Torch-free.
 //
 // A block takes a tile of kM lines x kN elements of an image's output: channels x pixels, or in channels_last pixels x
@@ -32,8 +32,8 @@ struct Tile {
   static constexpr int kVec = kVectorBytes / int(sizeof(T));
   static constexpr int kGroups = kN / kVec;  // threads along a line
   static constexpr int kRows = kM * kN / kThreads / kVec;
-  static constexpr int kChunk = kWide ? 24 : 56;  // columns in shared memory: with the tile below 48 KB
-  static constexpr int kSlots = kWide ? 6 : 14;   // sums of a thread
+  static constexpr int kChunk = kWide ? 16 : 56;  // columns in shared memory: with the tile below 48 KB
+  static constexpr int kSlots = kWide ? 4 : 14;   // sums of a thread
   static constexpr int kStep = kVectorBytes / int(sizeof(A));
   static constexpr int kPitchM = kM + kStep, kPitchN = kN + kStep;  // whole vectors
   static constexpr int kPitchTile = kN + 1;                         // no bank conflicts along either axis

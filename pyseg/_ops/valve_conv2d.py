@@ -91,7 +91,9 @@ def _check_gate(
     bias: Tensor | None,
     geometry: tuple[Pair, Pair, Pair],
 ) -> list[Any]:
-    check(op, features.dtype in _FLOATS, f"features must be float32, float64, float16 or bfloat16, got {features.dtype}")
+    check(
+        op, features.dtype in _FLOATS, f"features must be float32, float64, float16 or bfloat16, got {features.dtype}"
+    )
     check(op, features.dim() == 4, f"features must be [N, K, H, W], got {list(features.shape)}")
     shape = _output_shape(op, ("region", "weight", "bias"), "", region, weight, bias, geometry, features)
     message = f"features must be {shape} like the output of the region's convolution, got {list(features.shape)}"
@@ -126,17 +128,13 @@ def _new_map(like: Tensor, shape: list[Any], last: bool) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
 
 
-def _fake_gate(
-    features: Tensor, region: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
-) -> Tensor:
+def _fake_gate(features: Tensor, region: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     stride, padding, dilation, *_ = arguments
     shape = _check_gate("region_gate", features, region, weight, bias, (stride, padding, dilation))
     return _new_map(features, shape, is_channels_last(features))
 
 
-def _fake_gate_in_place(
-    features: Tensor, region: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
-) -> None:
+def _fake_gate_in_place(features: Tensor, region: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> None:
     stride, padding, dilation, *_ = arguments
     _check_gate("region_gate_", features, region, weight, bias, (stride, padding, dilation))
 
@@ -158,8 +156,8 @@ def _fake_gate_backward(
 
 
 def _fake_valve(input: Tensor, region: Tensor, *arguments: Any) -> Tensor:
-    weight, *_ = parameters = arguments[:4]
-    shape = _check_valve("valve_conv2d", input, region, *parameters, list(arguments[4:10]))
+    weight, bias, valve_weight, valve_bias, *geometry, _, _ = arguments
+    shape = _check_valve("valve_conv2d", input, region, weight, bias, valve_weight, valve_bias, geometry)
     return _new_map(input, shape, is_channels_last(input) or is_channels_last(weight))
 
 
@@ -167,8 +165,8 @@ def _fake_valve_backward(
     grad: Tensor, input: Tensor, region: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "_valve_conv2d_backward"
-    weight, _, valve_weight, _ = parameters = arguments[:4]
-    shape = _check_valve(op, input, region, *parameters, list(arguments[4:10]))
+    weight, bias, valve_weight, valve_bias, *geometry, _, _ = arguments
+    shape = _check_valve(op, input, region, weight, bias, valve_weight, valve_bias, geometry)
     _check_like(op, "grad", grad, input)
     check_shape(op, "grad", grad, shape)
     channels = weight.shape[0]
@@ -237,11 +235,10 @@ def _setup_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_of_gate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    features, region, weight, bias = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:4])
-    return (
-        *_gate_backward(grad, *ctx.saved_tensors, ctx.geometry, ctx.additive, ctx.relu, needed),
-        *[None] * 5,
-    )
+    grads = _gate_backward(grad, features, region, weight, bias, ctx.geometry, ctx.additive, ctx.relu, needed)
+    return *grads, *[None] * 5
 
 
 def _setup_valve(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,7 +12,7 @@ Combine = Literal["multiply", "add"]
 
 # Up to so many taps of the image's filters (C * kH * kW) valve_conv2d convolves in its own kernel: beyond, the products
 # weigh more than the passes over K channels that are saved, and a convolution that is made for many channels is faster.
-MOST_TAPS = {"cpu": 160, "cuda": 32}
+MOST_TAPS = {"cpu": 96, "cuda": 32}
 
 
 def region_gate(
@@ -31,11 +31,11 @@ def region_gate(
 
         y[n, k, i, j] = relu?(features[n, k, i, j] * r[n, k, i, j])          combine="multiply"
         y[n, k, i, j] = relu?(features[n, k, i, j] + r[n, k, i, j])          combine="add"
-        r[n, k, i, j] = bias[k] + sum_{c, u, v} weight[k, c, u, v] * region[n, c, i*s_h + u*d_h - p_h, j*s_w + v*d_w - p_w]
+        r[n, k, i, j] = bias[k] + sum_{c, u, v} weight[k, c, u, v] * m[n, c, i*s_h + u*d_h - p_h, j*s_w + v*d_w - p_w]
 
-    with the region zero outside its map: the "relevance map" of the valve filters (Eppel 2017, 1708.08711, figure 1:
-    multiplied, biases on both sides, ReLU behind it), which hand the result of one network to the next in 1710.05126.
-    The sum is the variant of Eppel 2018 (1812.00291). The papers number no equations. r never exists in memory.
+    m being the region, zero outside its map. r is the "relevance map" of valve filters (Eppel 2017, 1708.08711, and the
+    program published with it: multiplied, biases on both sides, ReLU behind the product), which hand the result of one
+    network to the next in 1710.05126. The sum is the variant of Eppel 2018 (1812.00291). r never exists in memory.
 
     Args:
         features: [N, K, H, W], such as the output of a convolution or of its batch norm. float32, float64, float16 or
@@ -60,7 +60,9 @@ def region_gate(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit: names argument, expected and got.
     """
-    geometry = [_pair("region_gate", *each) for each in (("stride", stride), ("padding", padding), ("dilation", dilation))]
+    geometry = [
+        _pair("region_gate", *each) for each in (("stride", stride), ("padding", padding), ("dilation", dilation))
+    ]
     additive = _is_additive("region_gate", combine)
     output: Tensor = torch.ops.pyseg.region_gate(
         features, _as_numbers(region, features), weight, bias, *geometry, additive, relu
@@ -89,8 +91,8 @@ def valve_conv2d(
 
         y = relu?((conv2d(input, weight) + bias) * (conv2d(region, valve_weight) + valve_bias))
 
-    or the sum of the two with combine="add" (Eppel 2017, 1708.08711, figure 1; see region_gate, whose arguments the
-    region's are). Every image filter has a valve filter that says where it counts: inside the region, outside, or at
+    or the sum of the two with combine="add" (Eppel 2017, 1708.08711; see region_gate, whose arguments the region's
+    are). Every image filter has a valve filter that says where it counts: inside the region, outside, or at
     its border. In the papers it is the first layer of a network, with 3x3 valve filters.
 
     Args:
@@ -103,7 +105,7 @@ def valve_conv2d(
     Returns:
         [N, K, H, W], channels_last if `input` or `weight` is.
 
-    What runs here: with up to 160 taps C * kH * kW on the CPU (a first layer: 27 for 3x3, 147 for 7x7) and 32 on CUDA
+    What runs here: with up to 96 taps C * kH * kW on the CPU (a first layer: 27 for 3x3, 75 for 5x5) and 32 on CUDA
     one kernel does all, reading image and region and writing y; for training it keeps just these two, and convolves
     again in backward, which reads only the gradient of y. Otherwise atrous_conv2d makes the features, and region_gate
     gates them, without gradients in place. Dtypes, derivatives, determinism and errors as for region_gate; the
@@ -136,8 +138,8 @@ def valve_conv2d(
         parameters = [None if each is None else each.to(features.dtype) for each in parameters]
         torch.ops.pyseg.region_gate_(features, *parameters, *valve, additive, relu)
         return features
-    output = torch.ops.pyseg.region_gate(features, *parameters, *valve, additive, relu)
-    return output
+    gated: Tensor = torch.ops.pyseg.region_gate(features, *parameters, *valve, additive, relu)
+    return gated
 
 
 def _pair(op: str, name: str, value: Pair) -> list[int]:
@@ -158,15 +160,13 @@ def _as_numbers(region: Tensor, like: Tensor) -> Tensor:
     return region if region.is_floating_point() else region.to(like.dtype)
 
 
-def _centred_padding(
-    weight: Tensor, valve_weight: Tensor, image: list[list[int]], valve: list[list[int]]
-) -> list[int]:
+def _centred_padding(weight: Tensor, valve_weight: Tensor, image: list[list[int]], valve: list[list[int]]) -> list[int]:
     centred = []
     for axis in (0, 1):
         reach = (weight.shape[2 + axis] - 1) * image[2][axis]
         own = (valve_weight.shape[2 + axis] - 1) * valve[2][axis]
         double = 2 * image[1][axis] + own - reach
-        if double < 0 or double % 2:
+        if (double < 0 <= image[1][axis]) or double % 2:  # the operator refuses negative padding
             raise RuntimeError(
                 f"valve_conv2d: valve_padding must be given where the windows' centres cannot coincide, got None for "
                 f"weight {list(weight.shape)}, padding {image[1]} and valve_weight {list(valve_weight.shape)}"

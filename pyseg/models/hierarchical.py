@@ -22,14 +22,15 @@ class RegionUNet(nn.Module):
 
     Args:
         classes: of the logits.
-        region: how the region comes in. "valve": a first layer with valve filters, multiplied; "valve_add": added (1812.00291);
-            "concat": one more channel of the image; "mask": the image is blackened outside; "none": not at all.
+        region: how the region comes in. "valve": a first layer with valve filters, multiplied; "valve_add": added
+            (1812.00291); "concat": one more channel of the image; "mask": the image is blackened outside; "none": not
+            at all.
         width: channels at full resolution; they double from level to level.
         levels: resolutions, each half of the one before.
         in_channels: of the image.
 
-    forward(image [N, in_channels, H, W], region [N, 1, H, W] or None for "none") -> logits [N, classes, H, W]. Any H and
-    W of at least 2^(levels - 1). `first` is the layer that takes the region.
+    forward(image [N, in_channels, H, W], region [N, 1, H, W] or None for "none") -> logits [N, classes, H, W]. Any H
+    and W of at least 2^(levels - 1). `first` is the layer that takes the region.
     """
 
     def __init__(

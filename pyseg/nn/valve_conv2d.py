@@ -149,7 +149,7 @@ class ValveConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         _, channels, *kernel = self.valve_weight.shape
         valve = f"region_channels={channels}, valve_kernel_size={tuple(kernel)}, combine={self.combine!r}"
-        return f"{super().extra_repr()}, {valve}, relu={self.relu}"
+        return f"{super().extra_repr()}, {valve}, relu={self.relu}"  # type: ignore[no-untyped-call]
 
 
 def _open_valves(weight: Tensor, bias: Tensor | None, combine: str) -> None:
