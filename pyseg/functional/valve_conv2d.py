@@ -1,12 +1,14 @@
 """Valve filters: convolutions whose output is gated by a convolution of a region map."""
 
+import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyseg._ops import valve_conv2d as _op  # noqa: F401  registers the fake kernels
-from pyseg.functional.atrous_conv2d import Pair, atrous_conv2d
+from pyseg.functional.atrous_conv2d import Pair, atrous_conv2d, has_tangent
 
 Combine = Literal["multiply", "add"]
 
@@ -54,7 +56,7 @@ def region_gate(
 
     Differentiable in features, region, weight and bias, any number of times (beyond the first by torch's own
     operators, which do store r); keeps features and region for that. The gradient of the region takes R * kH * kW more
-    channels of its size for a moment. torch.vmap and batched gradients work; forward mode does not. Deterministic: the
+    channels of its size for a moment. torch.vmap, batched gradients and forward mode (by torch) work. Deterministic: the
     same bits in every run and, on the CPU, for every number of threads. O(N * K * H * W * R * kH * kW) time.
 
     Raises:
@@ -63,10 +65,10 @@ def region_gate(
     geometry = [
         _pair("region_gate", *each) for each in (("stride", stride), ("padding", padding), ("dilation", dilation))
     ]
-    additive = _is_additive("region_gate", combine)
-    output: Tensor = torch.ops.pyseg.region_gate(
-        features, _as_numbers(region, features), weight, bias, *geometry, additive, relu
-    )
+    additive, region = _is_additive("region_gate", combine), _as_numbers(region, features)
+    if has_tangent(features, region, weight, bias):
+        return _torch_gate(features, region, weight, bias, geometry, additive, relu)
+    output: Tensor = torch.ops.pyseg.region_gate(features, region, weight, bias, *geometry, additive, relu)
     return output
 
 
@@ -127,7 +129,11 @@ def valve_conv2d(
     else:
         valve[1] = _pair(op, "valve_padding", valve_padding)
     additive, region = _is_additive(op, combine), _as_numbers(region, input)
-    if weight[0].numel() <= MOST_TAPS.get(input.device.type, 0) or weight.shape[1] != input.shape[1]:
+    if has_tangent(input, region, weight, bias, valve_weight, valve_bias):
+        features = F.conv2d(input, weight, bias, *image)
+        return _torch_gate(features, region, valve_weight, valve_bias, valve, additive, relu)
+    fitting = input.dim() == 4 and weight.shape[1] == input.shape[1]  # what is not is for the operator to name
+    if not fitting or math.prod(weight.shape[1:]) <= MOST_TAPS.get(input.device.type, 0):
         output: Tensor = torch.ops.pyseg.valve_conv2d(
             input, region, weight, bias, valve_weight, valve_bias, *image, *valve, additive, relu
         )
@@ -180,3 +186,18 @@ def _may_overwrite(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
         return False
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+
+
+def _torch_gate(
+    features: Tensor,
+    region: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: list[list[int]],
+    additive: bool,
+    relu: bool,
+) -> Tensor:
+    """In torch's operators, which know derivatives in forward mode."""
+    gate = F.conv2d(region, weight, bias, *geometry)
+    output = features + gate if additive else features * gate
+    return output.relu() if relu else output

@@ -1,12 +1,18 @@
 """valve_conv2d and region_gate against the reference, finite differences and torch's own operators."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
+import pyseg
+from cpu_targets import run_on_cpu_target
+from cuda_budget import cuda_budget
 from drawn import drawn_settings
 from pyseg import reference
 from pyseg.functional import region_gate, valve_conv2d
@@ -372,6 +378,42 @@ def test_large_sums():
     compare_valve((input, region, weight, valve_weight, bias, valve_bias), (1, 1, 1), (1, 1, 1), (2, 3, 4, 5))
 
 
+@pytest.mark.parametrize("capability", sorted({"baseline", "avx2", "avx512"} - {pyseg.build_info().cpu_capability}))
+def test_cpu_capability(capability):
+    script = f"""
+import torch
+import pyseg._loader
+import test_valve_conv2d as tests
+assert pyseg._loader._C.cpu_capability() == {capability!r}
+for dtype in tests.DTYPES:
+    for layout in tests.LAYOUTS:
+        tests.test_dtypes_and_layouts("cpu", dtype, layout)
+tests.test_kernel_sizes("cpu", 5, "contiguous")
+tests.test_large_sums()
+"""
+    run_on_cpu_target(capability, script, Path(__file__).parent)
+
+
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_cuda_budget(device, layout):
+    """Features are read and results written once; neither convolution goes to memory. Sectors count without a cache."""
+    features, region, weight, bias = gate_tensors(64, size=(16, 16), images=1, device=device)
+    features = made(features.shape, layout=layout, device=device)
+    least, taps = 2 * features.nbytes, features.numel() * 10
+    with cuda_budget("::valve_forward<", launches=1, min_bytes=least, bytes_ratio=1.6, fma=taps, bank_conflicts=1.5):
+        y = region_gate(features, region, weight, bias, padding=1)
+    geometry = ([1, 1], [1, 1], [1, 1])
+    with cuda_budget("::valve_backward<", launches=1, min_bytes=3 * features.nbytes, bytes_ratio=1.6, bank_conflicts=2):
+        torch.ops.pyseg._region_gate_backward(
+            y, features, region, weight, bias, *geometry, False, False, True, False, True
+        )
+    input, region, *parameters = valve_tensors(64, (16, 16), images=1, device=device)
+    input = made(input.shape, layout=layout, device=device)
+    with cuda_budget("::valve_forward<", launches=1, min_bytes=y.nbytes + input.nbytes + region.nbytes, bytes_ratio=4):
+        assert valve_conv2d(input, region, *parameters, padding=1).stride() == y.stride()
+
+
 def test_vmap(device):
     features, region, weight, bias = gate_tensors(3, images=6, size=(4, 5), device=device)
     maps = [each.unflatten(0, (3, 2)) for each in (features, region)]
@@ -384,6 +426,19 @@ def test_vmap(device):
     weights = torch.stack([weight, -weight, weight * 2])
     got = torch.vmap(gate, (None, None, 0))(features, region, weights)
     assert torch.equal(got, torch.stack([gate(features, region, each) for each in weights]))
+
+
+def test_forward_mode():
+    """In torch's operators: the derivative along a direction is that of finite differences."""
+    tensors = valve_tensors(3, (4, 5), images=1, dtype=DOUBLE)
+    directions = [made(t.shape, DOUBLE, seed=20 + i) for i, t in enumerate(tensors)]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*each) for each in zip(tensors, directions, strict=True)]
+        tangent = forward_ad.unpack_dual(valve_conv2d(*duals, padding=1)).tangent
+    ends = [
+        valve_conv2d(*[t + s * d for t, d in zip(tensors, directions, strict=True)], padding=1) for s in (1e-6, -1e-6)
+    ]
+    torch.testing.assert_close(tangent, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-6)
 
 
 def test_autocast(device):
