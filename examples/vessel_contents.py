@@ -1,6 +1,6 @@
 """Finds glass vessels in drawn scenes and what is in them, with valve filters (Eppel 2017, 1710.05126).
 
-    python examples/vessel_contents.py                       # about a minute and a half on two cores
+    python examples/vessel_contents.py                       # 81 s of processor time
     python examples/vessel_contents.py --steps 400 -o vessels.png
 
 Vessels hold liquid, foam, solids and air; the same materials lie about outside of them. A first network finds the

@@ -55,9 +55,10 @@ def region_gate(
         [N, K, H, W], channels_last if the features are.
 
     Differentiable in features, region, weight and bias, any number of times (beyond the first by torch's own
-    operators, which do store r); keeps features and region for that. The gradient of the region takes R * kH * kW more
-    channels of its size for a moment. torch.vmap, batched gradients and forward mode (by torch) work. Deterministic: the
-    same bits in every run and, on the CPU, for every number of threads. O(N * K * H * W * R * kH * kW) time.
+    operators, which do store r) and in forward mode (by torch's); keeps features and region for that. The gradient of
+    the region takes R * kH * kW more channels of its size for a moment. torch.vmap and batched gradients work.
+    Deterministic: the same bits in every run and, on the CPU, for every number of threads.
+    O(N * K * H * W * R * kH * kW) time.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit: names argument, expected and got.
@@ -130,7 +131,7 @@ def valve_conv2d(
         valve[1] = _pair(op, "valve_padding", valve_padding)
     additive, region = _is_additive(op, combine), _as_numbers(region, input)
     if has_tangent(input, region, weight, bias, valve_weight, valve_bias):
-        features = F.conv2d(input, weight, bias, *image)
+        features = _torch_conv2d(input, weight, bias, image)
         return _torch_gate(features, region, valve_weight, valve_bias, valve, additive, relu)
     fitting = input.dim() == 4 and weight.shape[1] == input.shape[1]  # what is not is for the operator to name
     if not fitting or math.prod(weight.shape[1:]) <= MOST_TAPS.get(input.device.type, 0):
@@ -188,6 +189,11 @@ def _may_overwrite(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
 
 
+def _torch_conv2d(map: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[list[int]]) -> Tensor:
+    stride, padding, dilation = geometry
+    return F.conv2d(map, weight, bias, stride, padding, dilation)
+
+
 def _torch_gate(
     features: Tensor,
     region: Tensor,
@@ -198,6 +204,6 @@ def _torch_gate(
     relu: bool,
 ) -> Tensor:
     """In torch's operators, which know derivatives in forward mode."""
-    gate = F.conv2d(region, weight, bias, *geometry)
+    gate = _torch_conv2d(region, weight, bias, geometry)
     output = features + gate if additive else features * gate
     return output.relu() if relu else output
