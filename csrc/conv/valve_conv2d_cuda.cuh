@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, 2) valve_backward(const __grid_const
       }
     }
     // 3. Sums of the features' gradient.
-    if (m.sums && of_region < slots) {
+    if (m.sums && end > region_columns) {  // the same for all threads
       __syncthreads();
       tile.share(of_features);
       __syncthreads();
