@@ -304,18 +304,21 @@ def test_in_place(device):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("combine", ["multiply", "add"])
-def test_gradcheck(device, combine, relu):
-    """The operator's own gradients, batched ones, and those of the formula in torch's operators."""
-    leaves = [t.requires_grad_() for t in gate_tensors(2, 1, (2, 3), (4, 3), 1, DOUBLE, device)]
+def test_gradcheck(combine, relu):
+    """The operator's own gradients, batched ones, and those of the formula in torch's operators.
+
+    On CUDA, where kernels are interpreted, the comparisons with the reference stand for it.
+    """
+    leaves = [t.requires_grad_() for t in gate_tensors(2, 1, (2, 3), (4, 3), 1, DOUBLE)]
 
     def gate(features, region, weight, bias):
         return region_gate(features, region, weight, bias, (1, 1), (0, 1), combine=combine, relu=relu)
 
-    leaves[0] = made((1, 2, 3, 3), DOUBLE, device=device).requires_grad_()
+    leaves[0] = made((1, 2, 3, 3), DOUBLE).requires_grad_()
     assert torch.autograd.gradcheck(gate, leaves, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(gate, leaves)
 
-    tensors = [t.requires_grad_() for t in valve_tensors(2, (3, 3), 3, 1, 1, 1, DOUBLE, device)]
+    tensors = [t.requires_grad_() for t in valve_tensors(2, (3, 3), 3, 1, 1, 1, DOUBLE)]
 
     def valve(*tensors):
         return valve_conv2d(*tensors, padding=1, combine=combine, relu=relu)
@@ -334,6 +337,8 @@ def test_opcheck(device):
     geometry = ([1, 1], [1, 1], [1, 1])
     ops = torch.ops.pyseg
     torch.library.opcheck(ops.region_gate.default, (features, region, weight, bias, *geometry, False, True))
+    if device == "cuda":  # the others' registrations are the same Python
+        return
     grad, needed = made(features.shape, device=device), (True, False, True)
     arguments = [t.detach() for t in (features, region, weight, bias)]
     torch.library.opcheck(ops._region_gate_backward.default, (grad, *arguments, *geometry, True, False, *needed))
