@@ -402,7 +402,10 @@ tests.test_large_sums()
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_cuda_budget(device, layout):
-    """Features are read and results written once; neither convolution goes to memory. Sectors count without a cache."""
+    """Features are read and results written once; neither convolution goes to memory.
+
+    Sectors are counted without a cache: a pixel of the image once for each tap.
+    """
     features, region, weight, bias = gate_tensors(64, size=(16, 16), images=1, device=device)
     features = made(features.shape, layout=layout, device=device)
     least, taps = 2 * features.nbytes, features.numel() * 10
@@ -415,7 +418,7 @@ def test_cuda_budget(device, layout):
         )
     input, region, *parameters = valve_tensors(64, (16, 16), images=1, device=device)
     input = made(input.shape, layout=layout, device=device)
-    with cuda_budget("::valve_forward<", launches=1, min_bytes=y.nbytes + input.nbytes + region.nbytes, bytes_ratio=4):
+    with cuda_budget("::valve_forward<", launches=1, min_bytes=y.nbytes + input.nbytes + region.nbytes, bytes_ratio=7):
         assert valve_conv2d(input, region, *parameters, padding=1).stride() == y.stride()
 
 
