@@ -6,6 +6,7 @@ from pyseg._ops import confusion_matrix as confusion_matrix
 from pyseg._ops import distance_transform as distance_transform
 from pyseg._ops import gaussian_filter as gaussian_filter
 from pyseg._ops import hausdorff_dt as hausdorff_dt
+from pyseg._ops import joint_warp as joint_warp
 from pyseg._ops import lovasz_statistics as lovasz_statistics
 from pyseg._ops import mean_field as mean_field
 from pyseg._ops import nms as nms

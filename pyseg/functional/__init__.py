@@ -10,6 +10,9 @@ from pyseg.functional.dense_crf import dense_crf_kernels as dense_crf_kernels
 from pyseg.functional.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.functional.distance_transform import distance_transform as distance_transform
 from pyseg.functional.gaussian_filter import gaussian_filter as gaussian_filter
+from pyseg.functional.joint_warp import elastic_deform as elastic_deform
+from pyseg.functional.joint_warp import joint_warp as joint_warp
+from pyseg.functional.joint_warp import warp_matrix as warp_matrix
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
 from pyseg.functional.nms import batched_nms as batched_nms
@@ -54,10 +57,12 @@ __all__ = [
     "dice",
     "distance_to_two_nearest_objects",
     "distance_transform",
+    "elastic_deform",
     "frequency_weighted_iou",
     "gaussian_filter",
     "hausdorff_distance",
     "iou",
+    "joint_warp",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
@@ -72,5 +77,6 @@ __all__ = [
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",
+    "warp_matrix",
     *_losses,
 ]

@@ -6,6 +6,8 @@ from pyseg.nn.atrous_conv2d import AtrousConv2d as AtrousConv2d
 from pyseg.nn.atrous_conv2d import AtrousConv2dPlan as AtrousConv2dPlan
 from pyseg.nn.dense_crf import CRFasRNN as CRFasRNN
 from pyseg.nn.dense_crf import DenseCRF as DenseCRF
+from pyseg.nn.joint_augmentation import JointAugmentation as JointAugmentation
+from pyseg.nn.joint_augmentation import WarpParameters as WarpParameters
 from pyseg.nn.jpu import JPU as JPU
 from pyseg.nn.losses import *  # noqa: F403
 from pyseg.nn.losses import __all__ as _losses
@@ -23,6 +25,8 @@ __all__ = [
     "CRFasRNN",
     "DenseCRF",
     "JPU",
+    "JointAugmentation",
     "SegmentationMetrics",
+    "WarpParameters",
     *_losses,
 ]

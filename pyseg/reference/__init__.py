@@ -8,6 +8,9 @@ from pyseg.reference.dense_crf import pairwise_matrix as pairwise_matrix
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
 from pyseg.reference.gaussian_filter import gaussian_filter as gaussian_filter
+from pyseg.reference.joint_warp import displacement_field as displacement_field
+from pyseg.reference.joint_warp import joint_warp as joint_warp
+from pyseg.reference.joint_warp import warp_places as warp_places
 from pyseg.reference.jpu import JPU as JPU
 from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
 from pyseg.reference.paste_masks import nms as nms
@@ -33,10 +36,12 @@ __all__ = [
     "confusion_matrix",
     "dense_crf",
     "dense_crf_energy",
+    "displacement_field",
     "distance_to_two_nearest_objects",
     "distance_transform",
     "gaussian_filter",
     "hausdorff_distance",
+    "joint_warp",
     "lovasz_statistics",
     "multiscale_roi_align",
     "nms",
@@ -50,4 +55,5 @@ __all__ = [
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",
+    "warp_places",
 ]
