@@ -166,14 +166,14 @@ struct ImageAxes {
     for (int d = 0; d < kDims; ++d) axis[d] = warp::image_axis<A>(g.in[warp::kMostDims - kDims + d], b);
   }
 
-  // Calls f(place) with how a place along axis d is brought into the image.
-  template <typename F>
-  void with_border(int d, const F& f) const {
+  // The places of a run along axis d, brought into the image. A loop of its own: together with what follows it, GCC 12
+  // does not vectorise the reflection.
+  void fold(int d, const A* at, int n, A* to) const {
     const warp::ImageAxis<A> a = axis[d];
     if (border == Border::kReflect) {
-      f([a](A at) { return warp::reflected(a, at); });
+      for (int i = 0; i < n; ++i) to[i] = warp::reflected(a, at[i]);
     } else {
-      f([a](A at) { return warp::clamped(a, at); });
+      for (int i = 0; i < n; ++i) to[i] = warp::clamped(a, at[i]);
     }
   }
 };
@@ -187,19 +187,17 @@ void find_taps(const WarpGeometry& g, const ImageAxes<A, kDims>& axes, const int
     const int64_t size = g.in[warp::kMostDims - kDims + d];
     const Index to_next = Index(stride[warp::kMostDims - kDims + d]);
     taps.step[d] = size > 1 ? to_next : 0;
-    const A* const at = places.at[d];
+    alignas(64) A at[kRun];
+    axes.fold(d, places.at[d], n, at);
     A *const low = taps.low[d], *const high = taps.high[d];
-    axes.with_border(d, [&](const auto& inside) {
-      const warp::ImageAxis<A> axis = axes.axis[d];
-      for (int i = 0; i < n; ++i) {
-        const A place = inside(at[i]);
-        const int32_t tap = warp::first_tap(axis, place);
-        const A beyond = place - A(tap);
-        low[i] = warp::hat(beyond, A(1));
-        high[i] = warp::hat(beyond - A(1), axis.reach);
-        index[i] = (d == 0 ? Index(0) : index[i]) + Index(tap) * to_next;
-      }
-    });
+    const warp::ImageAxis<A> axis = axes.axis[d];
+    for (int i = 0; i < n; ++i) {
+      const int32_t tap = warp::first_tap(axis, at[i]);
+      const A beyond = at[i] - A(tap);
+      low[i] = warp::hat(beyond, A(1));
+      high[i] = warp::hat(beyond - A(1), axis.reach);
+      index[i] = (d == 0 ? Index(0) : index[i]) + Index(tap) * to_next;
+    }
   }
   if (axes.border == Border::kConstant)
     for (int i = 0; i < n; ++i) {
@@ -220,16 +218,14 @@ void find_nearest(const ImageAxes<A, kDims>& axes, const int64_t* stride, const 
                   Index* index) {
   for (int d = 0; d < kDims; ++d) {
     const Index to_next = Index(stride[warp::kMostDims - kDims + d]);
-    const A* const at = places.at[d];
-    axes.with_border(d, [&](const auto& inside) {
-      const warp::ImageAxis<A> axis = axes.axis[d];
-      for (int i = 0; i < n; ++i) {
-        const A place = inside(at[i]);
-        const Index before = d == 0 ? Index(0) : index[i];
-        const Index element = before + Index(warp::nearest_element(axis, place)) * to_next;
-        index[i] = before >= 0 && warp::is_inside(axis, place) ? element : Index(-1);
-      }
-    });
+    alignas(64) A at[kRun];
+    axes.fold(d, places.at[d], n, at);
+    const warp::ImageAxis<A> axis = axes.axis[d];
+    for (int i = 0; i < n; ++i) {
+      const Index before = d == 0 ? Index(0) : index[i];
+      const Index element = before + Index(warp::nearest_element(axis, at[i])) * to_next;
+      index[i] = before >= 0 && warp::is_inside(axis, at[i]) ? element : Index(-1);
+    }
   }
 }
 

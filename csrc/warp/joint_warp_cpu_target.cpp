@@ -75,7 +75,7 @@ class JointWarp {
     Output* const to = static_cast<Output*>(map.output) + image * map.output_image_stride + pixel * map.output_step;
     int64_t extent = 1;
     for (int d = 0; d < warp::kMostDims; ++d) extent += (g_.in[d] - 1) * map.stride[d];
-    const A* const outside = map.border == Border::kConstant ? taps.outside : nullptr;
+    const A* const outside = map.border == Border::kConstant && map.fill != 0 ? taps.outside : nullptr;
     const auto of_channel = [&](const void* list, int64_t c, A otherwise) {
       return list != nullptr ? static_cast<const A*>(list)[image * map.channels + c] : otherwise;
     };
