@@ -170,11 +170,12 @@ inline LabelKind check_labels(const Tensor& labels, const Tensor& image, Border 
 
 inline bool is_last(const Tensor& t) { return is_channels_last(t) || is_channels_last_3d(t); }
 
-inline Tensor new_map(const Tensor& like, ScalarType type, Ints size, bool last) {
-  const auto format = !last              ? MemoryFormat::Contiguous
-                      : size.size() == 5 ? MemoryFormat::ChannelsLast3d
-                                         : MemoryFormat::ChannelsLast;
-  return torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, format);
+inline MemoryFormat map_format(int dims, bool last) {
+  return !last ? MemoryFormat::Contiguous : dims == 3 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
+}
+inline Tensor new_map(const Tensor& like, ScalarType type, const Ints& size, bool last) {
+  return torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt,
+                              map_format(int(size.size()) - 2, last));
 }
 
 inline Ints map_size(int64_t images, int64_t channels, const Ints& size) {
@@ -219,6 +220,67 @@ inline int64_t reach_of(const Tensor& t, int first_axis) {
 inline void set_axes(const Ints& size, int64_t* to) {
   const int dims = int(size.size());
   for (int d = 0; d < kMostDims; ++d) to[d] = d < kMostDims - dims ? 1 : size[d - (kMostDims - dims)];
+}
+
+// ---- calls ----
+
+struct WarpCall {
+  Element type;
+  int dims;
+  Ints in;
+  Border border, label_border;
+  Parameters parameters;
+  LabelKind labels;
+
+  // The image and the labels, [0] where there are none.
+  std::tuple<Tensor, Tensor> new_outputs(const Tensor& image, const OptionalTensor& given, const Ints& size,
+                                         bool float_output) const {
+    const bool to_float = type == Element::kUInt8 && float_output;
+    Tensor output = new_map(image, to_float ? ScalarType::Float : image.scalar_type(),
+                            map_size(image.size(0), image.size(1), size), is_last(image));
+    if (!given) return {output, torch::stable::new_empty(image, {0})};
+    if (labels.soft)
+      return {output, new_map(*given, given->scalar_type(), map_size(given->size(0), given->size(1), size),
+                              is_last(*given))};
+    Ints sizes{image.size(0)};
+    sizes.insert(sizes.end(), size.begin(), size.end());
+    return {output, torch::stable::new_empty(*given, sizes)};
+  }
+};
+
+inline WarpCall check_warp(const Tensor& image, const OptionalTensor& labels, const Tensor& affine,
+                           const OptionalTensor& displacement, const OptionalTensor& gain, const OptionalTensor& bias,
+                           const Ints& size, const std::string& border, const std::string& label_border,
+                           int64_t ignore_index) {
+  WarpCall call{};
+  call.type = check_image(image);
+  call.dims = check_map(kWarp, "image", image);
+  call.in.assign(image.sizes().begin() + 2, image.sizes().end());
+  check_size(kWarp, "size", size, call.dims);
+  call.border = check_border(kWarp, "border", border);
+  call.label_border = check_border(kWarp, "label_border", label_border);
+  call.parameters = check_parameters(kWarp, image, call.dims, call.type, affine, displacement, gain, bias);
+  if (labels) call.labels = check_labels(*labels, image, call.label_border, ignore_index);
+  return call;
+}
+
+struct BackwardCall {
+  Element type;
+  int dims;
+  Ints out;
+  Border border;
+  Parameters parameters;
+};
+
+inline BackwardCall check_warp_backward(const Tensor& grad, const Tensor& affine, const OptionalTensor& displacement,
+                                        const OptionalTensor& gain, const Ints& image_size, const std::string& border) {
+  const char* op = kWarpBackward;
+  const Element type = check_floats(op, "grad", grad);
+  const int dims = check_map(op, "grad", grad);
+  check_size(op, "image_size", image_size, dims);
+  const Border outside = check_border(op, "border", border);
+  return {type, dims, Ints(grad.sizes().begin() + 2, grad.sizes().end()), outside,
+          check_parameters(op, grad, dims, type, affine, displacement, gain, {})};
 }
 
 }  // namespace pyseg::warp

@@ -59,32 +59,14 @@ std::tuple<Tensor, Tensor> joint_warp(Tensor image, OptionalTensor labels, Tenso
                                       OptionalTensor gain, OptionalTensor bias, Ints size, std::string border,
                                       double fill, std::string label_border, int64_t ignore_index, double cubic,
                                       bool float_output) {
-  const Element type = check_image(image);
-  const int dims = check_map(kWarp, "image", image);
-  check_size(kWarp, "size", size, dims);
-  const Border image_border = check_border(kWarp, "border", border);
-  const Border labels_border = check_border(kWarp, "label_border", label_border);
-  const Parameters p = check_parameters(kWarp, image, dims, type, affine, displacement, gain, bias);
-  LabelKind kind{};
-  if (labels) kind = check_labels(*labels, image, labels_border, ignore_index);
-
+  const WarpCall call =
+      check_warp(image, labels, affine, displacement, gain, bias, size, border, label_border, ignore_index);
+  const auto [output, label_output] = call.new_outputs(image, labels, size, float_output);
+  const Parameters& p = call.parameters;
   const int64_t n = image.size(0);
-  const bool last = is_last(image), to_float = type == Element::kUInt8 && float_output;
-  Tensor output = new_map(image, to_float ? ScalarType::Float : image.scalar_type(),
-                          map_size(n, image.size(1), size), last);
-  const bool labels_last = labels && kind.soft && is_last(*labels);
-  Tensor label_output = torch::stable::new_empty(labels ? *labels : image, {0});
-  if (labels && kind.soft)
-    label_output = new_map(*labels, labels->scalar_type(), map_size(n, labels->size(1), size), labels_last);
-  if (labels && !kind.soft) {
-    Ints sizes{n};
-    sizes.insert(sizes.end(), size.begin(), size.end());
-    label_output = torch::stable::new_empty(*labels, sizes);
-  }
 
-  const Ints in(image.sizes().begin() + 2, image.sizes().end());
   WarpArgs a{};
-  a.geometry = geometry_of(type, n, in, size, p, cubic);
+  a.geometry = geometry_of(call.type, n, call.in, size, p, cubic);
   WarpMap maps[2];
   a.map = maps;
   a.near = true;
@@ -94,21 +76,21 @@ std::tuple<Tensor, Tensor> joint_warp(Tensor image, OptionalTensor labels, Tenso
     maps[a.maps++] = map_of(from, element, to, channels_last, b, filled);
     a.near = a.near && reach_of(from, 2) < INT32_MAX;
   };
-  add_map(image, type, output, last, image_border, fill);
+  add_map(image, call.type, output, is_last(image), call.border, fill);
   if (a.maps > 0) {
     maps[0].gain = p.gain ? p.gain->data_ptr() : nullptr;
     maps[0].bias = p.bias ? p.bias->data_ptr() : nullptr;
   }
   WarpLabels nearest{};
-  if (labels && kind.soft) {
-    add_map(*labels, check_floats(kWarp, "labels", *labels), label_output, labels_last, labels_border, 0);
+  if (labels && call.labels.soft) {
+    add_map(*labels, *float_element(*labels), label_output, is_last(*labels), call.label_border, 0);
   } else if (labels && label_output.numel() > 0) {
-    nearest.element_size = kind.element_size;
+    nearest.element_size = call.labels.element_size;
     nearest.input = labels->data_ptr();
     nearest.image_stride = labels->stride(0);
-    for (int d = 0; d < dims; ++d) nearest.stride[kMostDims - dims + d] = labels->stride(1 + d);
+    for (int d = 0; d < call.dims; ++d) nearest.stride[kMostDims - call.dims + d] = labels->stride(1 + d);
     nearest.output = label_output.data_ptr();
-    nearest.border = labels_border;
+    nearest.border = call.label_border;
     nearest.ignore_index = ignore_index;
     a.labels = &nearest;
     a.near = a.near && reach_of(*labels, 1) < INT32_MAX;
@@ -124,19 +106,13 @@ std::tuple<Tensor, Tensor> joint_warp(Tensor image, OptionalTensor labels, Tenso
 
 Tensor joint_warp_backward(Tensor grad, Tensor affine, OptionalTensor displacement, OptionalTensor gain, Ints image_size,
                            std::string border, double cubic, bool channels_last) {
-  const char* op = kWarpBackward;
-  const Element type = check_floats(op, "grad", grad);
-  const int dims = check_map(op, "grad", grad);
-  check_size(op, "image_size", image_size, dims);
-  const Border image_border = check_border(op, "border", border);
-  const Parameters p = check_parameters(op, grad, dims, type, affine, displacement, gain, {});
+  const BackwardCall call = check_warp_backward(grad, affine, displacement, gain, image_size, border);
   Tensor output = new_map(grad, grad.scalar_type(), map_size(grad.size(0), grad.size(1), image_size), channels_last);
   if (output.numel() == 0) return output;
 
   WarpBackwardArgs a{};
-  const Ints out(grad.sizes().begin() + 2, grad.sizes().end());
-  a.geometry = geometry_of(type, grad.size(0), image_size, out, p, cubic);
-  a.type = type;
+  a.geometry = geometry_of(call.type, grad.size(0), image_size, call.out, call.parameters, cubic);
+  a.type = call.type;
   a.channels = grad.size(1);
   a.grad = grad.data_ptr();
   const MapStrides from = strides_of(grad);
@@ -148,8 +124,8 @@ Tensor joint_warp_backward(Tensor grad, Tensor affine, OptionalTensor displaceme
   a.image_stride = to.image;
   a.channel_stride = to.channel;
   a.step = to.step;
-  a.border = image_border;
-  a.gain = p.gain ? p.gain->data_ptr() : nullptr;
+  a.border = call.border;
+  a.gain = call.parameters.gain ? call.parameters.gain->data_ptr() : nullptr;
   Workers workers = workers_for(double(grad.numel()) * 50.);
   workers.count = std::min(workers.count, grad.size(0) * grad.size(1));
   const Workspace scratch(grad, warp_kernels().backward_scratch(a, workers.count));
