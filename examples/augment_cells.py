@@ -4,11 +4,11 @@
     python examples/augment_cells.py --seed 7 --sigma 15 -o augmented.png
 
 The image is scikit-image's `immunohistochemistry`; its nuclei are found by stain separation, Otsu's threshold and a
-watershed, as in train_unet_cells.py. Each row of the picture is one random deformation (Ronneberger et al. 2015, section
-3.1): a coarse grid of displacements, a turn, a flip, brightness and contrast, applied to image and instances in one pass.
-Beside each stands the weight map of the paper (equation 2), which is computed from the warped instances: gaps between
-cells stay gaps, since labels are copied and never mixed. Prints how long the pass takes beside plain PyTorch's, and fails
-where a label appears that was none, or where the two disagree.
+watershed, as in train_unet_cells.py. Each column of the picture is one random deformation (Ronneberger et al. 2015,
+section 3.1): a coarse grid of displacements, a turn, a flip, brightness and contrast, applied to image and instances in
+one pass. Below each stands the weight map of the paper (equation 2), which is computed from the warped instances: gaps
+between cells stay gaps, since labels are copied and never mixed. Prints how long the pass takes beside plain PyTorch's,
+and fails where a label appears that was none, or where the two disagree.
 """
 
 import argparse
@@ -39,15 +39,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("augmented.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--sigma", type=float, default=10.0, help="pixels, of the displacements (%(default)s)")
-    parser.add_argument("--rows", type=int, default=3, help="deformations to draw, default %(default)s")
+    parser.add_argument("--count", type=int, default=3, help="deformations to draw, default %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all, here %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if min(arguments.rows, arguments.threads) < 1 or arguments.sigma < 0 or arguments.seed < 0:
-        raise UserError("--rows and --threads must be at least 1, --sigma and --seed not negative")
+    if min(arguments.count, arguments.threads) < 1 or arguments.sigma < 0 or arguments.seed < 0:
+        raise UserError("--count and --threads must be at least 1, --sigma and --seed not negative")
     if arguments.output.suffix.lower() != ".png":
         raise UserError(f"-o must end in .png, got {arguments.output}")
     try:
@@ -65,15 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     image, instances = tissue()
     image, instances = (image[:, :SIDE, :SIDE] + 1) / 2, instances[:SIDE, :SIDE]
-    images = image.expand(arguments.rows, -1, -1, -1)
-    labels = instances.long().expand(arguments.rows, -1, -1)
+    images = image.expand(arguments.count, -1, -1, -1)
+    labels = instances.long().expand(arguments.count, -1, -1)
     generator = torch.Generator().manual_seed(arguments.seed)
     augment = JointAugmentation(sigma=arguments.sigma, brightness=0.15, contrast=0.3, generator=generator)
     state = generator.get_state()
     warped, warped_labels = augment(images, labels)
 
     generator.set_state(state)
-    status = compare(augment.draw(arguments.rows, (SIDE, SIDE)), images, labels, warped_labels)
+    status = compare(augment.draw(arguments.count, (SIDE, SIDE)), images, labels, warped_labels)
     picture(arguments.output, image, instances, warped, warped_labels)
     print(f"wrote {arguments.output}")
     return status
@@ -145,9 +145,9 @@ def picture(path: Path, image, instances, warped, warped_labels) -> None:
 
     from pyseg.functional import unet_border_weights
 
-    rows = [(image, instances), *zip(warped, warped_labels, strict=True)]
-    figure, axes = plt.subplots(2, len(rows), figsize=(4 * len(rows), 8.2))
-    for column, (photo, cells) in enumerate(rows):
+    columns = [(image, instances), *zip(warped, warped_labels, strict=True)]
+    figure, axes = plt.subplots(2, len(columns), figsize=(4 * len(columns), 8.2))
+    for column, (photo, cells) in enumerate(columns):
         above, below = axes[:, column]
         above.imshow(photo.clamp(0, 1).movedim(0, 2).numpy())
         above.contour((cells > 0).numpy(), [0.5], colors="yellow", linewidths=0.7)

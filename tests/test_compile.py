@@ -17,6 +17,7 @@ from pyseg.functional import (
     distance_transform,
     gaussian_filter,
     iou,
+    joint_warp,
     permutohedral_filter,
     permutohedral_lattice,
     upsample_concat,
@@ -517,5 +518,28 @@ def test_upsample_concat_depthwise(device, backend, layout):
             results.append([z, *torch.autograd.grad(z.square().sum(), leaves)])
         for eager, other in zip(*results, strict=True):
             torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-2)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1
+
+
+def test_joint_warp(device):
+    """Image, soft and hard labels, forward and backward, sizes that change without recompiling."""
+
+    def function(x, soft, labels, affine, displacement):
+        y, warped = joint_warp(x.sin(), soft, affine, displacement, gain=1.5, border="constant")
+        return y.cos(), warped, joint_warp(x, labels, affine, displacement, ignore_index=-1)[1]
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = compiled(function, counter)
+    for n, h, w in ((2, 7, 9), (3, 8, 6), (4, 11, 7)):
+        (x,) = images(device, (n, h, w), requires_grad=True)
+        soft, labels = torch.rand(n, 3, h, w), torch.randint(5, (n, h, w))
+        others = [t.to(device) for t in (soft, labels, torch.randn(n, 2, 3), torch.randn(n, 2, 3, 3))]
+        results = []
+        for f in (function, fast):
+            outputs = f(x, *others)
+            results.append([*outputs, *torch.autograd.grad(outputs[0].square().sum(), x)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
             assert eager.stride() == other.stride()
     assert counter.frame_count == 1

@@ -15,6 +15,7 @@ from pyseg.functional import (
     dice,
     distance_to_two_nearest_objects,
     distance_transform,
+    joint_warp,
     upsample_concat,
     upsample_concat_depthwise,
 )
@@ -252,3 +253,23 @@ def test_upsample(device, strict):
     for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-4)
+
+
+class Warp(nn.Module):
+    def forward(self, x, labels, affine, displacement):
+        return joint_warp(x, labels, affine, displacement, size=(6, 7), gain=2.0)
+
+
+def test_joint_warp(device):
+    def example(n, h, w):
+        torch.manual_seed(0)
+        tensors = (torch.rand(n, 3, h, w), torch.randint(5, (n, h, w)), torch.randn(n, 2, 3), torch.randn(n, 2, 3, 3))
+        return tuple(t.to(device) for t in tensors)
+
+    n, h, w = Dim("n"), Dim("h", min=2, max=4096), Dim("w", min=2, max=4096)
+    shapes = {"x": {0: n, 2: h, 3: w}, "labels": {0: n, 1: h, 2: w}, "affine": {0: n}, "displacement": {0: n}}
+    program = saved_and_loaded(torch.export.export(Warp(), example(2, 9, 8), dynamic_shapes=shapes))
+    assert torch.ops.pyseg.joint_warp.default in [node.target for node in program.graph.nodes]
+    for size in ((2, 9, 8), (1, 5, 12)):
+        for got, expected in zip(program.module()(*example(*size)), Warp()(*example(*size)), strict=True):
+            assert torch.equal(got, expected)

@@ -3,9 +3,9 @@
 Displacements on a 3x3 grid of 10 pixels' deviation, interpolated bicubically, a rotation, scale and flips, contrast and
 brightness; images linear, masks to the nearest, mirrored at the border. Plain PyTorch does exactly this (cubic=-3/4 is
 its bicubic interpolation), so results are compared. kornia, torchvision and albumentations draw other fields (noise
-smoothed by a Gaussian) and have no joint pass: they do their own equal work, an elastic and an affine warp of images and
-masks in one sampling where they can, and contrast and brightness; their results are not compared (their difference reads
-0 by construction). The floor is images and masks read once and written once.
+smoothed by a Gaussian) and have no joint pass: they do their own equal work, an elastic and an affine warp of images
+and masks, contrast and brightness; their results are not compared (their difference reads 0 by construction). The floor
+is images and masks read once and written once.
 """
 
 import functools

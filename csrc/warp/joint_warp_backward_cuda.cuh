@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kTileThreads) joint_warp_cells(const __grid_co
   A* const points = reinterpret_cast<A*>(shared);
   const CudaGeometry<A, kDims>& g = a.geometry;
   const TilePixel pixel = tile_pixel(g);
-  if (g.displacement != nullptr)
-    interpolate_points(g, pixel.image, pixel.row - threadIdx.x / kTileColumns, points);
+  if (g.displacement != nullptr) interpolate_points(g, pixel.image, pixel.row - threadIdx.x / kTileColumns, points);
   if (!pixel.inside) return;
   A at[kDims];
   find_place(g, pixel, points, at);
@@ -88,8 +87,7 @@ __global__ void __launch_bounds__(kGatherThreads)
   const CudaGeometry<A, kDims>& g = a.geometry;
   // Elements of an image side by side, then groups of channels, then images.
   int64_t element, group;
-  const int64_t image_group =
-      divide(int64_t(blockIdx.x) * kGatherThreads + threadIdx.x, a.in_pixels, &element);
+  const int64_t image_group = divide(int64_t(blockIdx.x) * kGatherThreads + threadIdx.x, a.in_pixels, &element);
   const int64_t image = divide(image_group, a.channel_groups, &group);
   if (image >= g.images) return;
   int64_t index[kDims];
@@ -99,8 +97,7 @@ __global__ void __launch_bounds__(kGatherThreads)
   index[0] = rest;
   const int64_t c0 = group * kGatherChannels, all = g.images * a.out_pixels;
   const int channels = int(a.channels - c0 < kGatherChannels ? a.channels - c0 : kGatherChannels);
-  const T* const grad =
-      static_cast<const T*>(a.grad) + image * a.grad_image_stride + c0 * a.grad_channel_stride;
+  const T* const grad = static_cast<const T*>(a.grad) + image * a.grad_image_stride + c0 * a.grad_channel_stride;
 
   A sum[kGatherChannels] = {};
   for (int corner = 0; corner < 1 << kDims; ++corner) {

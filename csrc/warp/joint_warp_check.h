@@ -70,8 +70,8 @@ inline void check_sides(const char* op, const char* name, const Ints& sizes, siz
 // [N, C, *S] of two or three axes; their number.
 inline int check_map(const char* op, const char* name, const Tensor& t) {
   const Ints sizes = sizes_of(t);
-  PYSEG_CHECK(sizes.size() == 4 || sizes.size() == 5, op, ": ", name,
-              " must be [N, C, H, W] or [N, C, D, H, W], got ", sizes);
+  PYSEG_CHECK(sizes.size() == 4 || sizes.size() == 5, op, ": ", name, " must be [N, C, H, W] or [N, C, D, H, W], got ",
+              sizes);
   check_sides(op, name, sizes, 2);
   return int(sizes.size()) - 2;
 }
@@ -102,8 +102,8 @@ inline Parameters check_parameters(const char* op, const Tensor& like, int dims,
                                    const OptionalTensor& displacement, const OptionalTensor& gain,
                                    const OptionalTensor& bias) {
   const int64_t n = like.size(0);
-  PYSEG_CHECK((sizes_of(affine) == Ints{n, dims, dims + 1}), op, ": affine must be ", Ints{n, dims, dims + 1},
-              ", got ", affine.sizes());
+  PYSEG_CHECK((sizes_of(affine) == Ints{n, dims, dims + 1}), op, ": affine must be ", Ints{n, dims, dims + 1}, ", got ",
+              affine.sizes());
   Parameters p{dense_parameter(op, "affine", affine, like, type), {}, {}, {}};
   if (displacement) {
     const Ints sizes = sizes_of(*displacement);
@@ -158,8 +158,7 @@ inline LabelKind check_labels(const Tensor& labels, const Tensor& image, Border 
     case ScalarType::Short: fitting = fits<int16_t>(ignore_index); break;
     case ScalarType::Int: fitting = fits<int32_t>(ignore_index); break;
     case ScalarType::Long: break;
-    default:
-      throw_error(kWarp, ": labels must be of integers, bool or floating point, got ", dtype_name(labels));
+    default: throw_error(kWarp, ": labels must be of integers, bool or floating point, got ", dtype_name(labels));
   }
   PYSEG_CHECK(fitting || border != Border::kConstant, kWarp, ": ignore_index must fit labels of ", dtype_name(labels),
               ", got ", ignore_index);
@@ -240,8 +239,8 @@ struct WarpCall {
                             map_size(image.size(0), image.size(1), size), is_last(image));
     if (!given) return {output, torch::stable::new_empty(image, {0})};
     if (labels.soft)
-      return {output, new_map(*given, given->scalar_type(), map_size(given->size(0), given->size(1), size),
-                              is_last(*given))};
+      return {output,
+              new_map(*given, given->scalar_type(), map_size(given->size(0), given->size(1), size), is_last(*given))};
     Ints sizes{image.size(0)};
     sizes.insert(sizes.end(), size.begin(), size.end());
     return {output, torch::stable::new_empty(*given, sizes)};

@@ -104,8 +104,8 @@ std::tuple<Tensor, Tensor> joint_warp(Tensor image, OptionalTensor labels, Tenso
   return {output, label_output};
 }
 
-Tensor joint_warp_backward(Tensor grad, Tensor affine, OptionalTensor displacement, OptionalTensor gain, Ints image_size,
-                           std::string border, double cubic, bool channels_last) {
+Tensor joint_warp_backward(Tensor grad, Tensor affine, OptionalTensor displacement, OptionalTensor gain,
+                           Ints image_size, std::string border, double cubic, bool channels_last) {
   const BackwardCall call = check_warp_backward(grad, affine, displacement, gain, image_size, border);
   Tensor output = new_map(grad, grad.scalar_type(), map_size(grad.size(0), grad.size(1), image_size), channels_last);
   if (output.numel() == 0) return output;

@@ -190,9 +190,8 @@ int64_t forward_scratch(const WarpArgs& a, int64_t workers) {
 }
 
 void forward(const WarpArgs& a, void* scratch, const Workers& workers) {
-  with_warp(a.geometry, a.near, [&]<typename A, typename Index, int kDims>() {
-    JointWarp<A, Index, kDims>(a, scratch).run(workers);
-  });
+  with_warp(a.geometry, a.near,
+            [&]<typename A, typename Index, int kDims>() { JointWarp<A, Index, kDims>(a, scratch).run(workers); });
 }
 
 int64_t backward_scratch(const WarpBackwardArgs& a, int64_t workers) {

@@ -33,8 +33,8 @@ unsigned grid_size(const char* op, int64_t blocks) {
 }
 
 template <typename A, int kDims>
-CudaGeometry<A, kDims> geometry_of(const char* op, int64_t images, const Ints& in, const Ints& out,
-                                   const Parameters& p, double cubic) {
+CudaGeometry<A, kDims> geometry_of(const char* op, int64_t images, const Ints& in, const Ints& out, const Parameters& p,
+                                   double cubic) {
   CudaGeometry<A, kDims> g{};
   g.images = images;
   g.rows = g.grid_points = 1;
@@ -147,8 +147,8 @@ std::tuple<Tensor, Tensor> joint_warp(Tensor image, OptionalTensor labels, Tenso
                                       OptionalTensor gain, OptionalTensor bias, Ints size, std::string border,
                                       double fill, std::string label_border, int64_t ignore_index, double cubic,
                                       bool float_output) {
-  const WarpCall call = check_warp(image, labels, affine, displacement, gain, bias, size, border, label_border,
-                                   ignore_index);
+  const WarpCall call =
+      check_warp(image, labels, affine, displacement, gain, bias, size, border, label_border, ignore_index);
   const CudaLaunches launches(kWarp, image);
   const auto [output, label_output] = call.new_outputs(image, labels, size, float_output);
   const ForwardCall forward{launches, call.parameters, image.size(0), call.in, size, cubic};
@@ -196,7 +196,8 @@ void run_backward(const Tensor& grad, bool grad_last, const Tensor& output, bool
 
   // Images at a time whose pixels and cells have numbers of 31 bits.
   const int64_t largest = std::max(a.in_pixels, a.out_pixels);
-  PYSEG_CHECK(largest < INT32_MAX, op, ": images must have fewer than 2^31 - 1 elements on CUDA devices, got ", largest);
+  PYSEG_CHECK(largest < INT32_MAX, op, ": images must have fewer than 2^31 - 1 elements on CUDA devices, got ",
+              largest);
   const int64_t part = std::min(images, (INT32_MAX - 1) / largest), pixels = part * a.out_pixels;
   const auto ints = [&](int64_t count) { return torch::stable::new_empty(grad, {count}, ScalarType::Int); };
   const Tensor keys = ints(pixels), numbers = ints(pixels), sorted_keys = ints(pixels), sorted_numbers = ints(pixels);
@@ -239,8 +240,8 @@ void run_backward(const Tensor& grad, bool grad_last, const Tensor& output, bool
   }
 }
 
-Tensor joint_warp_backward(Tensor grad, Tensor affine, OptionalTensor displacement, OptionalTensor gain, Ints image_size,
-                           std::string border, double cubic, bool channels_last) {
+Tensor joint_warp_backward(Tensor grad, Tensor affine, OptionalTensor displacement, OptionalTensor gain,
+                           Ints image_size, std::string border, double cubic, bool channels_last) {
   const BackwardCall call = check_warp_backward(grad, affine, displacement, gain, image_size, border);
   const CudaLaunches launches(kWarpBackward, grad);
   const Tensor output =

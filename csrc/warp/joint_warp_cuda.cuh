@@ -14,7 +14,12 @@
 #include "common/element_cuda.cuh"
 #include "warp/joint_warp_math.h"
 
-namespace pyseg::warp {
+namespace pyseg {
+
+// Beside those of other elements: in an inner namespace it would hide them.
+__device__ __forceinline__ float widen(uint8_t x) { return float(x); }
+
+namespace warp {
 
 constexpr int kTileColumns = 32, kTileRows = 8;
 constexpr int kTileThreads = kTileColumns * kTileRows;
@@ -60,8 +65,6 @@ struct CudaLabels {
   CudaAxes<A, kDims> axes;
   int64_t ignore_index;
 };
-
-__device__ __forceinline__ float widen(uint8_t x) { return float(x); }
 
 // The pixel of a thread.
 struct TilePixel {
@@ -162,7 +165,8 @@ __device__ __forceinline__ Output output_of(A value) {
 }
 
 template <typename L, typename A, int kDims>
-__device__ __forceinline__ void copy_label(const CudaLabels<A, kDims>& labels, int64_t image, int64_t to, int64_t index) {
+__device__ __forceinline__ void copy_label(const CudaLabels<A, kDims>& labels, int64_t image, int64_t to,
+                                           int64_t index) {
   const L* const from = static_cast<const L*>(labels.input) + image * labels.image_stride;
   static_cast<L*>(labels.output)[to] = index >= 0 ? __ldg(from + index) : L(labels.ignore_index);
 }
@@ -177,8 +181,7 @@ __global__ void __launch_bounds__(kTileThreads)
   A* const points = reinterpret_cast<A*>(shared);
   const TilePixel pixel = tile_pixel(g);
   // 1. The field along the tile's rows.
-  if (g.displacement != nullptr)
-    interpolate_points(g, pixel.image, pixel.row - threadIdx.x / kTileColumns, points);
+  if (g.displacement != nullptr) interpolate_points(g, pixel.image, pixel.row - threadIdx.x / kTileColumns, points);
   if (!pixel.inside) return;
   // 2. The place.
   A at[kDims];
@@ -242,4 +245,5 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-}  // namespace pyseg::warp
+}  // namespace warp
+}  // namespace pyseg

@@ -45,9 +45,7 @@ def _check_arguments(
     borders: dict[str, str],
 ) -> int:
     """The number of axes."""
-    check(
-        op, image.dim() in (4, 5), f"{name} must be [N, C, H, W] or [N, C, D, H, W], got {list(image.shape)}"
-    )
+    check(op, image.dim() in (4, 5), f"{name} must be [N, C, H, W] or [N, C, D, H, W], got {list(image.shape)}")
     axes = image.dim() - 2
     check(op, len(size) == axes, f"size must be {axes} integers, got {list(size)}")
     for side in (*size, *image.shape[2:]):
@@ -93,9 +91,7 @@ def _fake_warp(
     if labels.is_floating_point():
         check_shape(op, "labels", labels, [image.shape[0], labels.shape[1], *image.shape[2:]])
         return output, _new_map(labels, labels.dtype, [*labels.shape[:2], *size], is_channels_last(labels))
-    check(
-        op, labels.dtype in INTEGERS, f"labels must be of integers, bool or floating point, got {labels.dtype}"
-    )
+    check(op, labels.dtype in INTEGERS, f"labels must be of integers, bool or floating point, got {labels.dtype}")
     check_shape(op, "labels", labels, [image.shape[0], *image.shape[2:]])
     return output, labels.new_empty([labels.shape[0], *size])
 

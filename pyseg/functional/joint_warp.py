@@ -66,9 +66,9 @@ def joint_warp(
     labels agree exactly, images do too. A place that is whole copies its element, whatever lies beside it; NaN in
     `affine` or `displacement` reads the first element (or outside, for "constant").
 
-    Differentiable any number of times in image and soft labels, not in the parameters. The gradient is deterministic: on
-    the CPU added up in the order of the output's elements, on CUDA devices gathered after a sort of the places by
-    element (which takes 8 + 4 d to 16 + 8 d bytes an element of the output, and CUB's workspace). vmap works.
+    Differentiable any number of times in image and soft labels, not in the parameters. The gradient is deterministic:
+    on the CPU added up in the order of the output's elements, on CUDA devices gathered after a sort of the places by
+    element (which takes 16 bytes and a place an element of the output, and CUB's workspace). vmap works.
     O(N * C * 2^d * output) time, no memory but the outputs.
 
     Augmentation as in Ronneberger et al. 2015 (1505.04597), section 3.1: see `elastic_deform` and
@@ -107,9 +107,7 @@ def joint_warp(
     return output, None if labels is None else warped
 
 
-def _of_channels(
-    op: str, name: str, factor: float | Tensor | None, image: Tensor, wide: torch.dtype
-) -> Tensor | None:
+def _of_channels(op: str, name: str, factor: float | Tensor | None, image: Tensor, wide: torch.dtype) -> Tensor | None:
     """[N, C]."""
     if factor is None:
         return None
@@ -220,7 +218,7 @@ def random_displacement(
     grid: int | Sequence[int] = 3,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """[N, d, *grid], float32 on the CPU: normal vectors of standard deviation sigma, for joint_warp's `displacement`."""
+    """[N, d, *grid], float32 on the CPU: normal vectors of deviation sigma, for joint_warp's `displacement`."""
     op = "elastic_deform"
     deviations = [float(s) for s in sigma] if isinstance(sigma, Sequence) else [float(sigma)] * axes
     counts = list(grid) if isinstance(grid, Sequence) else [grid] * axes

@@ -30,8 +30,8 @@ class JointAugmentation(nn.Module):
 
         output = (value - grey) * contrast + grey + brightness,   grey = the middle of the range
 
-    where the range is 255 for uint8 images and 1 for others. The parameters are drawn on the CPU in one order, so that a seed
-    gives the same batch on each device; `draw` returns them, for other tensors of the same scene or to be kept.
+    where the range is 255 for uint8 images and 1 for others. The parameters are drawn on the CPU in one order, so that a
+    seed gives the same batch on each device; `draw` returns them, for other tensors of the same scene or to be kept.
 
     Args:
         size: of the output, one integer or one for each axis; the image's if left out.
@@ -46,8 +46,8 @@ class JointAugmentation(nn.Module):
         border, fill, label_border, ignore_index, dtype: as in `pyseg.functional.joint_warp`.
         generator: of the CPU; torch's if left out.
 
-    Takes images [N, C, *S] and labels as in `joint_warp`, or None, and returns both. Active in eval mode too: leave it out
-    where nothing is to be changed. The warp is differentiable in images and soft labels.
+    Takes images [N, C, *S] and labels as in `joint_warp`, or None, and returns both. Active in eval mode too: leave it
+    out where nothing is to be changed. The warp is differentiable in images and soft labels.
     """
 
     def __init__(
@@ -129,9 +129,7 @@ class JointAugmentation(nn.Module):
             translation = translation + first - free / 2
         contrast = 1 + signed[:, -2] * self.contrast
         bias = range * (0.5 * (1 - contrast) + signed[:, -1] * self.brightness)
-        affine = F.warp_matrix(
-            image_size, size, rotation=rotation, scale=scale, flip=flip, translation=translation
-        )
+        affine = F.warp_matrix(image_size, size, rotation=rotation, scale=scale, flip=flip, translation=translation)
         still = not any(self.sigma) if isinstance(self.sigma, Sequence) else self.sigma == 0
         displacement = None if still else random_displacement(images, axes, self.sigma, self.grid, self.generator)
         return WarpParameters(affine, displacement, contrast, bias)
@@ -158,5 +156,16 @@ class JointAugmentation(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        shown = ("size", "sigma", "grid", "flip", "rotation", "scale", "translation", "brightness", "contrast", "border")
+        shown = (
+            "size",
+            "sigma",
+            "grid",
+            "flip",
+            "rotation",
+            "scale",
+            "translation",
+            "brightness",
+            "contrast",
+            "border",
+        )
         return ", ".join(f"{name}={getattr(self, name)}" for name in shown)

@@ -107,7 +107,7 @@ def test_soft_labels(device, dtype):
     affine, displacement = make_warp(2, (9, 21))
     image, labels = make_image((2, 3, 9, 21), dtype), make_labels((2, 9, 21)) % 4
     soft = F.one_hot(labels, 4).movedim(-1, 1).to(FLOAT if dtype == torch.uint8 else dtype)
-    y, warped = compare(image, soft, affine, displacement, None, None, device)
+    _, warped = compare(image, soft, affine, displacement, None, None, device)
     torch.testing.assert_close(warped.sum(1).double(), torch.ones_like(warped[:, 0]).double(), rtol=0, atol=2e-2)
     if dtype != torch.uint8:
         again, _ = joint_warp(soft.to(device), None, affine, displacement)
@@ -118,7 +118,7 @@ def test_soft_labels(device, dtype):
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 3), (5, 9)])
 def test_field(device, cubic, grid):
     """An image that holds its own coordinates shows the places; torch's bicubic interpolation is cubic=-3/4."""
-    size, out = (64, 64), (13, 41)
+    out = (13, 41)
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     image = torch.stack([rows, columns])[None].double().to(device)
     affine = torch.tensor([[[1.0, 0.0, 20.0], [0.0, 1.0, 10.0]]], dtype=DOUBLE)
