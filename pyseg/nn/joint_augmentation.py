@@ -30,8 +30,8 @@ class JointAugmentation(nn.Module):
 
         output = (value - grey) * contrast + grey + brightness,   grey = the middle of the range
 
-    where the range is 255 for uint8 images and 1 for others. The parameters are drawn on the CPU in one order, so that a
-    seed gives the same batch on each device; `draw` returns them, for other tensors of the same scene or to be kept.
+    where the range is 255 for uint8 images and 1 for others. The parameters are drawn on the CPU in one order, so that
+    a seed gives the same batch on each device; `draw` returns them, for other tensors of the same scene or to be kept.
 
     Args:
         size: of the output, one integer or one for each axis; the image's if left out.
