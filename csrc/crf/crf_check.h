@@ -130,7 +130,7 @@ inline ScalarType check_filter_backward(const torch::stable::Tensor& grad, const
 }
 
 inline void check_vertex_kernel(const torch::stable::Tensor& key, const torch::stable::Tensor& offset, double scale,
-                                double cutoff) {
+                                double cutoff, double variance) {
   PYSEG_CHECK(key.dim() == 2 && key.size(1) >= 1 && key.size(1) <= kMostFeatures, kVertexKernel,
               ": key must be [M, d] with d from 1 to ", kMostFeatures, ", got ", key.sizes());
   check_like(kVertexKernel, "key", key, ScalarType::Short, sizes_of(key), key);
@@ -139,6 +139,8 @@ inline void check_vertex_kernel(const torch::stable::Tensor& key, const torch::s
   check_like(kVertexKernel, "offset", offset, ScalarType::Long, sizes_of(offset), key);
   PYSEG_CHECK(scale > 0.5 && std::isfinite(scale), kVertexKernel, ": scale must be above 1/2 and finite, got ", scale);
   PYSEG_CHECK(cutoff > 0 && cutoff < 1e4, kVertexKernel, ": cutoff must be from 0 to 10000, got ", cutoff);
+  PYSEG_CHECK(variance > 0 && std::isfinite(variance), kVertexKernel, ": variance must be positive and finite, got ",
+              variance);
   // Squared distances in units of the lattice are exact in float32 up to there.
   constexpr double kMostSquare = 1 << 24;
   const double reach = cutoff * scale * double(key.size(1) + 1);

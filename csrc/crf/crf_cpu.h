@@ -38,12 +38,13 @@ const E* elements(const torch::stable::Tensor& t) {
 // `count` vertices must be of their image, whose vertices are first..last - 1; `none`: or -1.
 inline void check_vertices(const char* op, const char* name, const int32_t* data, int64_t count, int64_t first,
                            int64_t last, bool none) {
-  const auto good = [&](int32_t v) { return (v >= first && v < last) || (none && v == -1); };
-  bool all = true;
-  for (int64_t i = 0; i < count; ++i) all &= good(data[i]);
-  if (all) return;
-  const int32_t* const bad = std::find_if_not(data, data + count, good);
-  throw_error(op, ": ", name, " must be of its image: from ", first, " to ", last - 1, ", got ", *bad);
+  const uint32_t span = uint32_t(last - first), shift = uint32_t(first), missing = none ? uint32_t(-1) : shift;
+  const auto bad = [&](int32_t v) { return (uint32_t(v) - shift >= span) & ((uint32_t(v) != missing) | !none); };
+  int any = 0;  // without a branch: the compiler makes vectors of it
+  for (int64_t i = 0; i < count; ++i) any |= bad(data[i]);
+  if (any == 0) return;
+  const int32_t* const found = std::find_if(data, data + count, bad);
+  throw_error(op, ": ", name, " must be of its image: from ", first, " to ", last - 1, ", got ", *found);
 }
 
 // `data` [count + 1] must ascend, from no less than 0 to at most `most`.

@@ -39,7 +39,7 @@ struct VertexKernelArgs {
   const int64_t* offset;  // [images + 1]
   int64_t images, vertices;
   int d;
-  double scale, cutoff;
+  double scale, cutoff, variance;
   bool float64;
 };
 

@@ -12,9 +12,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
       "(Tensor vertex, Tensor weight, Tensor row, Tensor entry, Tensor neighbour, Tensor offset, Tensor key)");
   // grad_weight [N, P, d + 1] -> [N, d, P].
   m.def("_permutohedral_lattice_backward(Tensor grad_weight, Tensor features, float scale) -> Tensor");
-  // The product that stands in for the blur: exp(-r^2 / (2 v)), v = 1 - 1 / (4 scale^2), between the vertices of an image
-  // with r <= cutoff standard deviations, as compressed rows: row [M + 1] int64, vertex int32 and weight [entries].
+  // The product that stands in for the blur: exp(-r^2 / (2 variance)) between the vertices of an image with r <= cutoff,
+  // r in standard deviations, as compressed rows: row [M + 1] int64, vertex int32 and weight [entries].
   m.def(
-      "permutohedral_vertex_kernel(Tensor key, Tensor offset, float scale, float cutoff, bool float64) -> "
+      "permutohedral_vertex_kernel(Tensor key, Tensor offset, float scale, float cutoff, float variance, bool float64) "
+      "-> "
       "(Tensor row, Tensor vertex, Tensor weight)");
 }

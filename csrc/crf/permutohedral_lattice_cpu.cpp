@@ -72,8 +72,8 @@ Tensor permutohedral_lattice_backward(Tensor grad_weight, Tensor features, doubl
 }
 
 std::tuple<Tensor, Tensor, Tensor> permutohedral_vertex_kernel(Tensor key, Tensor offset, double scale, double cutoff,
-                                                               bool float64) {
-  check_vertex_kernel(key, offset, scale, cutoff);
+                                                               double variance, bool float64) {
+  check_vertex_kernel(key, offset, scale, cutoff, variance);
   const Tensor keys = torch::stable::contiguous(key), offsets = torch::stable::contiguous(offset);
   const int64_t* const first = static_cast<const int64_t*>(offsets.data_ptr());
   for (int64_t n = 0; n < offset.numel(); ++n)
@@ -86,6 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> permutohedral_vertex_kernel(Tensor key, Tenso
                               .d = static_cast<int>(key.size(1)),
                               .scale = scale,
                               .cutoff = cutoff,
+                              .variance = variance,
                               .float64 = float64};
   const Workers workers = workers_for(double(args.vertices) * double(args.vertices));
   Tensor row = torch::stable::new_empty(key, {key.size(0) + 1}, ScalarType::Long);

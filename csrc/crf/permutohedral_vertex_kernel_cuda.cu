@@ -13,8 +13,8 @@ namespace {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor> permutohedral_vertex_kernel(Tensor key, Tensor offset, double scale, double cutoff,
-                                                               bool float64) {
-  check_vertex_kernel(key, offset, scale, cutoff);
+                                                               double variance, bool float64) {
+  check_vertex_kernel(key, offset, scale, cutoff, variance);
   const CudaLaunches launches(kVertexKernel, key);
   Kept kept(key);
   const int64_t vertices = key.size(0);
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> permutohedral_vertex_kernel(Tensor key, Tenso
                               .vertices = vertices,
                               .d = d,
                               .limit = int64_t(cutoff * cutoff * unit),
-                              .exponent = -1 / (2 * (1 - 1 / (4 * scale * scale)) * unit),
+                              .exponent = -1 / (2 * variance * unit),
                               .box = kept.buffer<int32_t>(box_elements(vertices, d), ScalarType::Int)};
   Tensor row = torch::stable::new_empty(key, {vertices + 1}, ScalarType::Long);
   int64_t* const rows = static_cast<int64_t*>(row.data_ptr());

@@ -1,5 +1,6 @@
-// The gradients of RoIAlign for one CPU target. Of the maps: each worker owns channels and adds up the boxes in their
-// order, so that no sum depends on the number of threads. Of the boxes: each box belongs to one worker.
+// The gradients of RoIAlign for one CPU target. Of the maps: each worker owns rows of a channels_last map or channels of
+// another one, and adds up the boxes in their order, so that no sum depends on the number of threads. Of the boxes: each
+// box belongs to one worker.
 #pragma once
 
 #include "roi/cpu_roi_forward.h"
@@ -8,11 +9,18 @@ namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
-// to[offset + c] += weight * g[c] for all taps.
+// Offsets into a map from `first` on, before `last`.
+struct Span {
+  int64_t first, last;
+};
+constexpr Span kWhole{0, INT64_MAX};
+
+// to[offset + c] += weight * g[c] for all taps within the span.
 template <typename A, typename Taps>
-inline void spread(A* to, const Taps& taps, const A* g, int64_t n) {
+inline void spread(A* to, const Taps& taps, const A* g, int64_t n, Span span) {
   constexpr int64_t lanes = kLanes<A>;
   taps.each([&](int64_t offset, A weight) {
+    if (offset < span.first || offset >= span.last) return;
     A* p = to + offset;
     const Vec<A> w = broadcast<A>(weight);
     int64_t c = 0;
@@ -96,13 +104,13 @@ class RoiBackward {
         for (int64_t x = 0; x < a_.sampling.bins[kX]; ++x, ++bin) f(bin, z, y, x);
   }
 
-  // Adds the gradient of one box to channels of the map.
-  void add(const View<A>& to, const BoxPlan<A>& plan, const A* g, int64_t stride, int64_t n) const {
+  // Adds the gradient of one box to channels of the map, within the span.
+  void add(const View<A>& to, const BoxPlan<A>& plan, const A* g, int64_t stride, int64_t n, Span span = kWhole) const {
     each_bin([&](int64_t bin, int64_t z, int64_t y, int64_t x) {
       if (plan.box.rotated) {
-        spread(to.data, SampledTaps<A>{plan, to.stride, z, y, x}, g + bin * stride, n);
+        spread(to.data, SampledTaps<A>{plan, to.stride, z, y, x}, g + bin * stride, n, span);
       } else {
-        spread(to.data, SeparableTaps<A>{plan, to.stride, z, y, x}, g + bin * stride, n);
+        spread(to.data, SeparableTaps<A>{plan, to.stride, z, y, x}, g + bin * stride, n, span);
       }
     });
   }
@@ -128,22 +136,51 @@ class RoiBackward {
     });
   }
 
-  // channels_last maps of the type that is computed in take the sums of averages themselves.
-  void add_in_place(const Group& group) const {
+  // Calls f(row, weight) with weights whose sums from row 0 on are the group's work up to a row: how many elements of each
+  // row the boxes reach.
+  template <typename F>
+  void each_step(const Group& group, const F& f) const {
+    for (int64_t i = group.begin; i < group.end; ++i) {
+      const Region& r = plans_[i].region;
+      const A width = A(r.last[kX] - r.first[kX] + 1);
+      if (width <= 0 || r.last[kY] < r.first[kY]) continue;
+      for (int64_t z = r.first[kZ]; z <= r.last[kZ]; ++z) {
+        f(z * group.level.size[kY] + r.first[kY], width);
+        f(z * group.level.size[kY] + r.last[kY] + 1, -width);
+      }
+    }
+  }
+
+  // channels_last maps of the type that is computed in take the sums of averages themselves. Workers own rows: if they
+  // shared a pixel's channels, each would fetch lines that belong to the other.
+  void add_in_place(const Group& group) {
     if constexpr (kSame<T, A>) {
-      T* const grad = static_cast<T*>(group.level.grad) + group.image * group.rows * group.width * a_.channels;
-      for_each_part(workers_, group.rows, [&](int64_t, int64_t first, int64_t last) {
-        memset(grad + first * group.width * a_.channels, 0, (last - first) * group.width * a_.channels * sizeof(T));
-      });
-      const int64_t lines = (a_.channels + kTransposeBlock - 1) / kTransposeBlock;
-      for_each_part(workers_, lines, [&](int64_t worker, int64_t first, int64_t last) {
-        const int64_t c_end = smaller(last * kTransposeBlock, a_.channels);
+      const int64_t pitch = group.width * a_.channels;  // of a row
+      T* const grad = static_cast<T*>(group.level.grad) + group.image * group.rows * pitch;
+      A* const work = reserve(&work_, group.rows + 2);
+      memset(work, 0, (group.rows + 2) * sizeof(A));
+      each_step(group, [&](int64_t row, A weight) { work[row + 1] += weight; });
+      for (int pass = 0; pass < 2; ++pass)  // of steps to the work of each row, and to that up to each row
+        for (int64_t row = 0; row < group.rows; ++row) work[row + 1] += work[row];
+      const auto border = [&](int64_t worker) {
+        if (worker == workers_.count) return group.rows;
+        int64_t row = group.rows * worker / workers_.count;
+        if (work[group.rows] > 0)
+          for (row = 0; row < group.rows && work[row] * A(workers_.count) < work[group.rows] * A(worker);) ++row;
+        return row;
+      };
+      for_each_part(workers_, workers_.count, [&](int64_t worker, int64_t, int64_t) {
+        const int64_t first = border(worker), last = border(worker + 1);
+        memset(grad + first * pitch, 0, (last - first) * pitch * sizeof(T));
         for (int64_t i = group.begin; i < group.end; ++i) {
+          const Region& r = plans_[i].region;
+          const int64_t size = group.level.size[kY];
+          if (r.first[kZ] * size + r.first[kY] >= last || r.last[kZ] * size + r.last[kY] < first) continue;
           int64_t n, stride;
-          for (int64_t c = first * kTransposeBlock; c < c_end; c += n) {
-            n = a_.last ? c_end - c : smaller(kMostChannels, c_end - c);
+          for (int64_t c = 0; c < a_.channels; c += n) {
+            n = a_.last ? a_.channels : smaller(kMostChannels, a_.channels - c);
             const A* g = gradients(plans_[i].index, c, n, n, worker, &stride);
-            add(group.view(grad + c, a_.channels), plans_[i], g, stride, n);
+            add(group.view(grad + c, a_.channels), plans_[i], g, stride, n, {first * pitch, last * pitch});
           }
         }
       });
@@ -281,7 +318,7 @@ class RoiBackward {
   const int64_t bins_;
   Plans<A> plans_;
   A* stage_;  // [workers][bins, kMostChannels]
-  Scratch sums_, inputs_;
+  Scratch sums_, inputs_, work_;
 };
 
 }  // namespace

@@ -68,12 +68,13 @@ def _fake_backward(grad_weight: Tensor, features: Tensor, scale: float) -> Tenso
 
 
 def _fake_kernel(
-    key: Tensor, offset: Tensor, scale: float, cutoff: float, float64: bool
+    key: Tensor, offset: Tensor, scale: float, cutoff: float, variance: float, float64: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "permutohedral_vertex_kernel"
     check(op, key.dim() == 2, f"key must be [M, d], got {list(key.shape)}")
     check(op, scale > 0.5, f"scale must be above 1/2 and finite, got {scale}")
     check(op, 0 < cutoff < 1e4, f"cutoff must be from 0 to 10000, got {cutoff}")
+    check(op, 0 < variance < float("inf"), f"variance must be positive and finite, got {variance}")
     entries = torch.library.get_ctx().new_dynamic_size()
     return (
         key.new_empty((key.shape[0] + 1,), dtype=torch.int64),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops.permutohedral_lattice import MOST_FEATURES, wide_type
+from pyseg.functional.atrous_conv2d import atrous_conv2d
 from pyseg.functional.gaussian_filter import gaussian_filter, numbers
 from pyseg.functional.permutohedral_lattice import (
     LEVELS,
@@ -130,7 +131,9 @@ class Bound:
         message = self.message(values.to(self.compatibility.dtype))
         if self.compatibility.dim() == 1:
             return message * self.compatibility.reshape(-1, *[1] * (values.dim() - 2))
-        return (self.compatibility @ message.flatten(2)).reshape(values.shape)
+        # As a convolution, whose gradients have the same bits for every number of threads; torch.matmul's have not.
+        maps = message.flatten(2).unsqueeze(2)
+        return atrous_conv2d(maps, self.compatibility[:, :, None, None], padding=0).reshape(values.shape)
 
     def bind(
         self, unary: Tensor, normalization: Normalization = "symmetric", accuracy: CrfAccuracy = "fast"

@@ -10,8 +10,18 @@ from pyseg._ops import permutohedral_lattice as _lattice_op  # noqa: F401
 
 Accuracy = Literal["fast", "high"]
 
-# Scale of the lattice, and the reach of the product between vertices in standard deviations; None: blur passes.
-LEVELS: dict[str, tuple[float, float | None]] = {"fast": (1.0, None), "high": (1.2, 2.7)}
+
+class Level(NamedTuple):
+    """How the filter of a level is computed; the product between vertices in standard deviations of the Gaussian."""
+
+    scale: float  # of the lattice
+    cutoff: float | None = None  # reach of the product between vertices; None: blur passes
+    variance: float = 1.0  # of that product
+
+
+# Splatting and slicing widen a kernel by 1 / (4 scale^2), cutting it off narrows it: a variance of 1 - 1 / (4 scale^2)
+# and a tenth more has the least error with this reach (docs/dense_crf.md).
+LEVELS = {"fast": Level(1.0), "high": Level(1.2, 2.42, 1.1 * (1 - 1 / (4 * 1.2**2)))}
 
 
 class PermutohedralLattice(NamedTuple):
@@ -55,7 +65,7 @@ def permutohedral_lattice(
         features: [N, d, *S], or the points of one image as [P, d]; d from 1 to 8. In standard deviations of the
             Gaussian: (x / 80, y / 80, r / 13, g / 13, b / 13). Any floating type; 16-bit ones are widened to float32.
         accuracy: "fast": blur along the d + 1 directions as in the paper. "high": a lattice finer by 1.2, and in
-            place of the blur one sparse product with the exact Gaussian between vertices up to 2.7 standard deviations
+            place of the blur one sparse product with the exact Gaussian between vertices up to 2.42 standard deviations
             apart: about half the error, at several times the cost.
         max_vertices: the size M of results that do not depend on the data, padded; without it M is the number of
             vertices, which costs one synchronisation on CUDA. More vertices than that are an error on the CPU; on CUDA
@@ -78,7 +88,7 @@ def permutohedral_lattice(
     if features.dim() < 2:
         raise RuntimeError(f"{op}: features must be [N, d, *S] or [P, d], got {list(features.shape)}")
     points = features.mT[None] if features.dim() == 2 else features.flatten(2)
-    scale, cutoff = LEVELS[accuracy]
+    scale, cutoff, variance = LEVELS[accuracy]
     vertex, weight, row, entry, neighbour, offset, key = torch.ops.pyseg.permutohedral_lattice(
         points, scale, -1 if max_vertices is None else max_vertices
     )
@@ -86,7 +96,7 @@ def permutohedral_lattice(
         kernel = (offset.new_empty(0), vertex.new_empty(0), weight.new_empty(0))
     else:
         float64 = weight.dtype == torch.float64
-        kernel = torch.ops.pyseg.permutohedral_vertex_kernel(key, offset, scale, cutoff, float64)
+        kernel = torch.ops.pyseg.permutohedral_vertex_kernel(key, offset, scale, cutoff, variance, float64)
     return PermutohedralLattice(vertex, weight, row, entry, neighbour, offset, *kernel, key)
 
 

@@ -1,5 +1,6 @@
 """Distance transforms from their definitions, by comparing every element with every other."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def distance_transform(
     if zero_background:
         distances = torch.where(values == 0, 0, distances)
     if not squared:
-        distances = distances.sign() * distances.abs().sqrt()
+        distances = distances.sign() * _root(distances.abs())
     return distances.reshape(input.shape)
 
 
@@ -52,8 +53,13 @@ def distance_to_two_nearest_objects(
     ]
     first, second = torch.stack([absent, absent, *to_objects]).sort(0).values[:2]
     if not squared:
-        first, second = first.sqrt(), second.sqrt()
+        first, second = _root(first), _root(second)
     return first.reshape(labels.shape), second.reshape(labels.shape)
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The nearest number to each square root: torch's own is that on some processors only."""
+    return torch.from_numpy(np.sqrt(squares.numpy()))
 
 
 def _pairs(input: Tensor, spacing: tuple[float, ...]) -> tuple[Tensor, Tensor]:

@@ -53,14 +53,20 @@ def permutohedral_simplices(features: Tensor, scale: float = 1.0) -> tuple[list[
 
 
 def permutohedral_filter(
-    features: Tensor, values: Tensor, *, scale: float = 1.0, cutoff: float | None = None, reverse: bool = False
+    features: Tensor,
+    values: Tensor,
+    *,
+    scale: float = 1.0,
+    cutoff: float | None = None,
+    variance: float = 1.0,
+    reverse: bool = False,
 ) -> Tensor:
     r"""Splat, blur, slice: out_i = sum_j w_ij (B S v)[vertex_ij], in float64.
 
     features [N, d, P], values [N, C, P]. Without `cutoff` B is the blur: along each of the d + 1 directions, in the
     opposite order where `reverse`, a vertex gains half of each of its two neighbours; then all is divided by
-    1 + 2^-d. With `cutoff` B is exp(-r^2 / (2 v)) between vertices at most that far apart, r in standard deviations and
-    v = 1 - 1 / (4 scale^2).
+    1 + 2^-d. With `cutoff` B is exp(-r^2 / (2 variance)) between vertices at most that far apart, r in standard
+    deviations.
     """
     outputs = []
     for f, v in zip(features, values, strict=True):
@@ -71,7 +77,10 @@ def permutohedral_filter(
         index = index.reshape(f.shape[1], d + 1)
         contribution = (v.double().cpu().T[:, None] * weight[:, :, None]).flatten(0, 1)  # [P * (d + 1), C]
         lattice = torch.zeros(len(number), v.shape[0], dtype=torch.float64).index_add(0, index.flatten(), contribution)
-        lattice = _blur(number, lattice, reverse) if cutoff is None else _kernel(number, lattice, d, scale, cutoff)
+        if cutoff is None:
+            lattice = _blur(number, lattice, reverse)
+        else:
+            lattice = _kernel(number, lattice, d, scale, cutoff, variance)
         outputs.append((lattice[index] * weight[:, :, None]).sum(1).T)
     return torch.stack(outputs) if outputs else values.double()
 
@@ -89,8 +98,7 @@ def _blur(number: dict[Vertex, int], lattice: Tensor, reverse: bool) -> Tensor:
     return lattice / (1 + 2.0 ** (1 - period))
 
 
-def _kernel(number: dict[Vertex, int], lattice: Tensor, d: int, scale: float, cutoff: float) -> Tensor:
+def _kernel(number: dict[Vertex, int], lattice: Tensor, d: int, scale: float, cutoff: float, variance: float) -> Tensor:
     positions = torch.tensor(list(number), dtype=torch.float64).reshape(len(number), d + 1)
     squares = (positions[:, None] - positions[None]).square().sum(2) / (scale**2 * (d + 1) ** 2 * 2 / 3)
-    variance = 1 - 1 / (4 * scale**2)
     return torch.where(squares <= cutoff**2, (-squares / (2 * variance)).exp(), 0) @ lattice

@@ -28,8 +28,7 @@ def assert_near(got, expected, tolerance=1e-5):
 
 
 def expected_of(features, values, accuracy="fast"):
-    scale, cutoff = LEVELS[accuracy]
-    return reference.permutohedral_filter(features, values, scale=scale, cutoff=cutoff)
+    return reference.permutohedral_filter(features, values, **LEVELS[accuracy]._asdict())
 
 
 # ---- the lattice ----
@@ -203,8 +202,8 @@ def test_vertex_kernel_of_many_tiles(device, d, dtype):
     points = 400 if d == 1 else 150 if d < 4 else 40
     features = randn(3, d, points, seed=d, dtype=dtype) * (20 if d == 1 else 3 if d < 4 else 1.5)
     *_, offset, key = LATTICE(features.to(device), 1.4, -1)
-    row, vertex, weight = (t.cpu() for t in KERNEL(key, offset, 1.4, 2.5, dtype == DOUBLE))
-    expected = KERNEL(key.cpu(), offset.cpu(), 1.4, 2.5, dtype == DOUBLE)
+    row, vertex, weight = (t.cpu() for t in KERNEL(key, offset, 1.4, 2.5, 0.9, dtype == DOUBLE))
+    expected = KERNEL(key.cpu(), offset.cpu(), 1.4, 2.5, 0.9, dtype == DOUBLE)
     assert torch.equal(row, expected[0])
     owner = torch.repeat_interleave(torch.arange(len(row) - 1), row.diff())
     order = (owner * len(row) + expected[1]).argsort()
@@ -216,12 +215,12 @@ def test_vertex_kernel_of_a_padded_lattice(device):
     features = randn(2, 2, 40, dtype=FLOAT)
     *_, offset, key = LATTICE(features.to(device), 1.4, -1)
     *_, padded_offset, padded_key = LATTICE(features.to(device), 1.4, key.shape[0] + 150)
-    expected = KERNEL(key, offset, 1.4, 3.0, False)
-    got = KERNEL(padded_key, padded_offset, 1.4, 3.0, False)
+    expected = KERNEL(key, offset, 1.4, 3.0, 0.9, False)
+    got = KERNEL(padded_key, padded_offset, 1.4, 3.0, 0.9, False)
     assert torch.equal(got[0][: key.shape[0] + 1], expected[0])
     assert (got[0][key.shape[0] :] == expected[1].numel()).all()
     assert torch.equal(got[1], expected[1])
-    assert KERNEL(key[:0], torch.zeros_like(offset), 1.4, 3.0, False)[0].tolist() == [0]
+    assert KERNEL(key[:0], torch.zeros_like(offset), 1.4, 3.0, 0.9, False)[0].tolist() == [0]
 
 
 # ---- the separable Gaussian ----

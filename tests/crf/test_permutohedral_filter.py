@@ -14,8 +14,7 @@ OP = torch.ops.pyseg.permutohedral_filter.default
 
 
 def expected_of(features, values, accuracy, transpose=False):
-    scale, cutoff = LEVELS[accuracy]
-    return reference.permutohedral_filter(features, values, scale=scale, cutoff=cutoff, reverse=transpose)
+    return reference.permutohedral_filter(features, values, **LEVELS[accuracy]._asdict(), reverse=transpose)
 
 
 @pytest.mark.parametrize("transpose", [False, True])

@@ -217,19 +217,19 @@ def test_no_double_backward():
 def test_vertex_kernel(d):
     """exp(-r^2 / (2 v)) between all vertices of an image that are near enough, each once."""
     features = randn(2, d, 40, seed=d) * 1.5
-    for scale, cutoff in ((1.0, 2.5), (1.4, 3.0)):
+    for scale, cutoff, variance in ((1.0, 2.5, 1.0), (1.4, 3.0, 0.8)):
         *_, offset, key = OP(features, scale, -1)
-        row, vertex, weight = torch.ops.pyseg.permutohedral_vertex_kernel(key, offset, scale, cutoff, True)
+        row, vertex, weight = torch.ops.pyseg.permutohedral_vertex_kernel(key, offset, scale, cutoff, variance, True)
         keys, size = keys_of(key).double(), key.shape[0]
         squares = (keys[:, None] - keys[None]).square().sum(2) / (scale**2 * (d + 1) ** 2 * 2 / 3)
         image = torch.bucketize(torch.arange(size), offset[1:], right=True)
         near = (squares <= cutoff**2) & (image[:, None] == image[None])
-        expected = torch.where(near, (-squares / (2 * (1 - 1 / (4 * scale**2)))).exp(), 0)
+        expected = torch.where(near, (-squares / (2 * variance)).exp(), 0)
         places = torch.repeat_interleave(torch.arange(size), row.diff()), vertex.long()
         dense = torch.zeros(size, size, dtype=torch.float64).index_put(places, weight)
         torch.testing.assert_close(dense, expected)
         assert all(len(vertex[row[v] : row[v + 1]].unique()) == row[v + 1] - row[v] for v in range(size))
-        single = torch.ops.pyseg.permutohedral_vertex_kernel(key, offset, scale, cutoff, False)[2]
+        single = torch.ops.pyseg.permutohedral_vertex_kernel(key, offset, scale, cutoff, variance, False)[2]
         torch.testing.assert_close(single.double(), weight, rtol=1e-6, atol=1e-7)
 
 
@@ -251,7 +251,7 @@ def test_opcheck_private(device):
     if device == "cpu":
         lattice = permutohedral_lattice(features)
         torch.library.opcheck(
-            torch.ops.pyseg.permutohedral_vertex_kernel.default, (lattice.key, lattice.offset, 1.0, 2.0, True)
+            torch.ops.pyseg.permutohedral_vertex_kernel.default, (lattice.key, lattice.offset, 1.0, 2.0, 1.0, True)
         )
 
 
@@ -288,13 +288,17 @@ def test_errors_of_the_vertex_kernel():
     lattice = permutohedral_lattice(randn(2, 3, 5))
     kernel = torch.ops.pyseg.permutohedral_vertex_kernel
     for arguments, message in (
-        ((lattice.key.int(), lattice.offset, 1.0, 2.0, True), "key must be torch.Short"),
-        ((lattice.key, lattice.offset + 1, 1.0, 2.0, True), "offset must ascend from 0"),
-        ((lattice.key, lattice.offset, 0.5, 2.0, True), "scale must be above 1/2"),
-        ((lattice.key, lattice.offset, 1.0, 0.0, True), "cutoff must be from 0 to 10000"),
-        ((lattice.key, lattice.offset[-1:], 1.0, 2.0, True), "offset must ascend from 0"),
-        ((lattice.key, lattice.offset, 1e9, 2.0, True), r"scale \* cutoff \* \(d \+ 1\) must be below 5016, got 8e"),
-        ((lattice.key, lattice.offset, 1.0, 9999.0, True), r"scale \* cutoff \* \(d \+ 1\) must be below 5016"),
+        ((lattice.key.int(), lattice.offset, 1.0, 2.0, 1.0, True), "key must be torch.Short"),
+        ((lattice.key, lattice.offset + 1, 1.0, 2.0, 1.0, True), "offset must ascend from 0"),
+        ((lattice.key, lattice.offset, 0.5, 2.0, 1.0, True), "scale must be above 1/2"),
+        ((lattice.key, lattice.offset, 1.0, 0.0, 1.0, True), "cutoff must be from 0 to 10000"),
+        ((lattice.key, lattice.offset, 1.0, 2.0, 0.0, True), "variance must be positive and finite, got 0"),
+        ((lattice.key, lattice.offset[-1:], 1.0, 2.0, 1.0, True), "offset must ascend from 0"),
+        (
+            (lattice.key, lattice.offset, 1e9, 2.0, 1.0, True),
+            r"scale \* cutoff \* \(d \+ 1\) must be .* 5016, got 8e",
+        ),
+        ((lattice.key, lattice.offset, 1.0, 9999.0, 1.0, True), r"scale \* cutoff \* \(d \+ 1\) must be below 5016"),
     ):
         with pytest.raises(RuntimeError, match=message):
             kernel(*arguments)
