@@ -172,7 +172,7 @@ __device__ __forceinline__ void copy_label(const CudaLabels<A, kDims>& labels, i
 }
 
 template <typename T, typename Output, int kDims>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, sizeof(Accumulator<T>) == 8 ? 2 : 4)
     joint_warp_forward(const __grid_constant__ CudaGeometry<Accumulator<T>, kDims> g,
                        const __grid_constant__ CudaMap<T, Output, kDims> map,
                        const __grid_constant__ CudaLabels<Accumulator<T>, kDims> labels) {
