@@ -3,7 +3,7 @@
     python examples/point_supervision.py            # about a minute on two cores
     python examples/point_supervision.py --steps 300 -o points.png
 
-Discs, squares, triangles and rings are drawn over noise, each in shades of its colour. The same small FCN learns, from
+Discs, squares, triangles and rings are drawn over grey noise, each in shades of its colour. The same small FCN learns, from
 scratch and on the same scenes, with `pyseg.nn.PointSupervisionLoss` (Bearman et al. 2016, 1506.02106): from which
 shapes are in a scene; from one labelled pixel of each shape too; from an objectness prior too, which is how far the
 blurred colour of a pixel is from the scene's commonest; and, for comparison, from all labels with cross-entropy. Prints
@@ -95,7 +95,8 @@ def scenes(count: int):
     import torch
 
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-    images = torch.rand(count, 3, 1, 1) * 2 - 1 + 0.3 * torch.randn(count, 3, SIDE, SIDE)
+    shades = 1.5 * torch.rand(count, 1, 1, 1) + 0.2 * torch.randn(count, 3, 1, 1) - 1.5
+    images = shades + 0.3 * torch.randn(count, 3, SIDE, SIDE)
     labels = torch.zeros(count, SIDE, SIDE, dtype=torch.int64)
     shapes = torch.zeros(count, SIDE, SIDE, dtype=torch.int64)  # which shape is in front
     points = []

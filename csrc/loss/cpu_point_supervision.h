@@ -317,9 +317,7 @@ class PointSupervision {
     });
   }
 
-  A* row_of(void* to, int64_t c) const {
-    return stage_.row_of_result(to, type(), c, stage_.logits + c * stage_.step);
-  }
+  A* row_of(void* to, int64_t c) const { return stage_.row_of_result(to, type(), c, stage_.logits + c * stage_.step); }
 
   // The gradient of the objectness terms, times `grad`, from exponentials in the logits' place.
   void fill_dense(A grad, void* to) {

@@ -10,8 +10,8 @@ cudaError_t launch_point_supervision(const SegmentationArgs& a, const PointSuper
   const cudaError_t error = with_logits(a.logits_type, [&](auto element) {
     using T = decltype(element);
     const size_t extra = point_shared_bytes(a.classes, sizeof(Accumulator<T>));
-    const cudaError_t first = launch_tiles_and<T>(extra, a, stream, point_supervision_kernel<T, true>,
-                                                  point_supervision_kernel<T, false>, p);
+    const cudaError_t first =
+        launch_tiles_and<T>(extra, a, stream, point_supervision_kernel<T, true>, point_supervision_kernel<T, false>, p);
     if (first != cudaSuccess) return first;
     point_supervision_classes_kernel<T><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(a, p, units);
     return cudaGetLastError();

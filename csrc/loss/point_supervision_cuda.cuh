@@ -349,8 +349,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int offset = static_cast<int>(block.first - start);
     bool labelled = false, best = false;
     for (int i = threadIdx.x; i < block.count; i += kThreads) labelled |= block.s.label[i] != kNoLabel;
-    for (int c = threadIdx.x; c < a.classes; c += kThreads)
-      best |= s.at[c] >= offset && s.at[c] < offset + block.count;
+    for (int c = threadIdx.x; c < a.classes; c += kThreads) best |= s.at[c] >= offset && s.at[c] < offset + block.count;
     const bool any_labelled = __syncthreads_or(labelled), any_best = __syncthreads_or(best);
     const bool zero = !p.objectness && !any_labelled && !any_best;
 

@@ -57,8 +57,9 @@ def point_supervision_loss(
         float32 for 16-bit and float32 logits, float64 for float64.
 
     Everything is computed from logarithms of sums, so probabilities that round to 0 or 1 have exact losses and finite
-    gradients. Infinite logits and NaN make the loss of their image NaN. Labels out of range raise RuntimeError on the CPU
-    and make the loss of their image NaN on CUDA; wrong shapes and dtypes raise RuntimeError, unknown names ValueError.
+    gradients. Infinite logits and NaN make the loss of their image NaN. Labels out of range raise RuntimeError on the
+    CPU and make the loss of their image NaN on CUDA; wrong shapes and dtypes raise RuntimeError, unknown names
+    ValueError.
 
     One pass over the logits forward, O(N C S), and O(N C^2) for the pixels t_c; the backward pass reads them once more,
     or without objectness only where there are points. Neither holds a map. The same bits in every run, on the CPU for
