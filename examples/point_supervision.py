@@ -39,8 +39,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("points.png"), help="PNG to write (%(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="of each training, default %(default)s")
-    parser.add_argument("--least", type=float, default=0.65, help="mean IoU of the full loss, default %(default)s")
+    parser.add_argument("--steps", type=int, default=160, help="of each training, default %(default)s")
+    parser.add_argument("--least", type=float, default=0.7, help="mean IoU of the full loss, default %(default)s")
     parser.add_argument("--margin", type=float, default=0.25, help="over image labels alone, default %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all, here %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")

@@ -57,15 +57,21 @@ class PixelLogits {
     double sum = 0;
     for (int lane = 0; lane < kLanes<A>; ++lane) sum += sums[lane];
     scale_ = A(1 / sum);
+    most_ = largest;
+    sum_ = sum;
     logits_[c] = own;
-    return double(own) - double(largest) - ::log(sum);
+    return double(own) - most_ - ::log(sum);
   }
+  // Of the other classes: the largest logit, and the sum of exponentials after it has been subtracted.
+  double most() const { return most_; }
+  double sum() const { return sum_; }
   A others(int64_t k) const { return others_[k] * scale_; }
 
  private:
   const int64_t classes_, padded_;
   A *logits_, *others_;
   A scale_ = A(0);
+  double most_ = 0, sum_ = 0;
 };
 
 template <typename A>
@@ -151,6 +157,8 @@ class PointSupervision {
     kept[kBestPixel] = best;
     kept[kPresence] = presence;
     kept[kLogOdds] = pixel_.log_odds(c);
+    kept[kMostOther] = pixel_.most();
+    kept[kSumOther] = pixel_.sum();
   }
 
   // --- Backward

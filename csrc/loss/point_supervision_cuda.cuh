@@ -14,24 +14,27 @@
 
 namespace pyseg::loss {
 
-// Behind a Block's shared memory: of every class the largest log S so far, its pixel of the unit (backward: the class's
-// best pixel if it is in the unit, else -1), its points, whether it is an object.
+// Behind a Block's shared memory. Of every class, forward: the largest log S so far, its pixel of the unit, its points,
+// whether it is an object. Backward: its best pixel if that is in the unit, else -1, and there the largest of the other
+// classes' logits, the gradient of the class's own and, before exp(z - most), of the others'.
 template <typename A>
 struct PointShared {
-  A* value;
+  A *value, *most, *own, *others;
   int *at, *points, *object;
 
   __device__ PointShared(const SegmentationArgs& a, A* memory) {
-    value = memory;
-    at = reinterpret_cast<int*>(value + a.classes);
+    value = most = memory;
+    own = most + a.classes;
+    others = own + a.classes;
+    at = reinterpret_cast<int*>(others + a.classes);
     points = at + a.classes;
     object = points + a.classes;
   }
 };
 
-inline size_t point_shared_bytes(int classes, size_t size) { return classes * (size + 3 * sizeof(int)); }
+inline size_t point_shared_bytes(int classes, size_t size) { return classes * (3 * size + 3 * sizeof(int)); }
 
-static_assert(kMostPointClasses * (sizeof(double) + 3 * sizeof(int)) + 5 * kThreads * sizeof(double) <= 48 << 10,
+static_assert(kMostPointClasses * (3 * sizeof(double) + 3 * sizeof(int)) + 5 * kThreads * sizeof(double) <= 48 << 10,
               "with most classes there are no tiles, and the rest fits what a block may have without asking");
 
 __device__ __forceinline__ bool is_object(const PointSupervisionArgs& p, int c) {
@@ -96,9 +99,16 @@ __device__ __forceinline__ PixelSums<Accumulator<T>> pixel_sums(const Block<T, k
   return s;
 }
 
-// The log-odds of a class at a pixel of the tile by one thread, from device memory: for the few pixels that need it.
+// A class at a pixel against the others: its log-odds, their largest logit, the sum of their exponentials after that.
+template <typename A>
+struct OneAgainstOthers {
+  A log_odds, most, sum;
+};
+
+// By one thread, from device memory: for the few pixels of a tile that have labels.
 template <typename T, bool kShared>
-__device__ __forceinline__ Accumulator<T> log_odds_of(const Block<T, kShared>& block, int c, int pixel) {
+__device__ __forceinline__ OneAgainstOthers<Accumulator<T>> against_others(const Block<T, kShared>& block, int c,
+                                                                           int pixel) {
   using A = Accumulator<T>;
   const T* logits = static_cast<const T*>(block.a.logits);
   A most = A(-INFINITY), sum = A(0);
@@ -106,7 +116,7 @@ __device__ __forceinline__ Accumulator<T> log_odds_of(const Block<T, kShared>& b
     if (k != c) most = max(most, widen(logits[block.index(k, pixel)]));
   for (int k = 0; k < block.a.classes; ++k)
     if (k != c) sum += exponential(widen(logits[block.index(k, pixel)]) - most);
-  return (widen(logits[block.index(c, pixel)]) - most) - logarithm(sum);
+  return {(widen(logits[block.index(c, pixel)]) - most) - logarithm(sum), most, sum};
 }
 
 // The sum over a block of each of kCount doubles, in all threads.
@@ -172,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int label = block.s.label[pixel];
       labelled = label >= 0;
       if (labelled) {
-        rest[kPointSum] += double(block.s.weight[pixel] * softplus(-log_odds_of(block, label, pixel)));
+        rest[kPointSum] += double(block.s.weight[pixel] * softplus(-against_others(block, label, pixel).log_odds));
         rest[kPointsOfAll] += 1;
       }
     }
@@ -289,6 +299,8 @@ __global__ void __launch_bounds__(kThreads)
   kept[kBestPixel] = at;
   kept[kPresence] = presence;
   kept[kLogOdds] = double((logit(c) - most) - logarithm(sum));
+  kept[kMostOther] = double(most);
+  kept[kSumOther] = double(sum);
 }
 
 // A block for each image: its terms.
@@ -328,7 +340,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   A* memory = reinterpret_cast<A*>(segmentation_shared);
   Block<T, kShared> block(a, t, memory);
   const PointShared<A> s(a, memory + shared_elements(a, t, kShared));
-  const T* logits = static_cast<const T*>(a.logits);
   T* to = static_cast<T*>(a.to);
   const double* grad = p.grad + block.image * kPointTerms;
   const double* kept = p.kept + block.image * a.classes * kPointKept;
@@ -336,10 +347,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   // 1. The classes whose best pixel is in the unit.
   for (int c = threadIdx.x; c < a.classes; c += kThreads) {
-    const double at = kept[c * kPointKept + kBestPixel] - double(start);
-    const bool here = at >= 0 && at < kUnitPixels && kept[c * kPointKept + kPresence] >= 0;
+    const double* of_class = kept + c * kPointKept;
+    const double at = of_class[kBestPixel] - double(start), presence = of_class[kPresence];
+    const bool here = at >= 0 && at < kUnitPixels && presence >= 0;
     s.at[c] = here ? static_cast<int>(at) : -1;
     s.object[c] = p.objectness && is_object(p, c);
+    if (!here) continue;
+    const A x = A(of_class[kLogOdds]);
+    s.most[c] = A(of_class[kMostOther]);
+    s.own[c] = presence > 0 ? -A(grad[kPresentTerm]) * logistic(-x) : A(grad[kAbsentTerm]) * logistic(x);
+    s.others[c] = -s.own[c] / A(of_class[kSumOther]);
   }
 
   for (const int64_t end = block.end_of_unit(); block.first < end; block.first += t.pixels) {
@@ -351,77 +368,63 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int i = threadIdx.x; i < block.count; i += kThreads) labelled |= block.s.label[i] != kNoLabel;
     for (int c = threadIdx.x; c < a.classes; c += kThreads) best |= s.at[c] >= offset && s.at[c] < offset + block.count;
     const bool any_labelled = __syncthreads_or(labelled), any_best = __syncthreads_or(best);
-    const bool zero = !p.objectness && !any_labelled && !any_best;
+    const bool asked = p.objectness || any_labelled || any_best;  // for the logits; else all is zero
 
-    if (!zero) {
-      // 3. The logits, and what a pixel's classes share.
+    // 3. The logits, and what a pixel's classes share.
+    if constexpr (kShared) {
+      if (asked) block.load_logits();
+      __syncthreads();
+    }
+    const int pixel = block.own_pixel();
+    const int classes = pixel < block.count ? a.classes : 0;
+    PixelSums<A> sums;
+    A of_objects = A(0), of_rest = A(0);
+    if (p.objectness) {
+      sums = pixel_sums(block, s.object, pixel, classes);
+      if (classes) {
+        const int64_t at = block.image * a.pixels + block.first + pixel;
+        const A prior = load_number<A>(p.objectness, p.objectness_type, at);
+        const A slope = (logistic(sums.log_odds()) - prior) * A(grad[kObjectnessTerm]);
+        of_objects = slope / sums.objects;
+        of_rest = -slope / sums.sum;
+      }
+    }
+
+    // 4. Whether the pixel is some class's best, or a point.
+    A hits = A(0);
+    if (any_best) {
+      for (int c = block.own_class(); c < classes; c += block.lanes()) hits += A(s.at[c] == offset + pixel);
+      hits = block.sum_of_pixel(hits);
+    }
+    const int label = any_labelled && classes ? block.s.label[pixel] : kNoLabel;
+    A most = A(0), own = A(0), others = A(0);
+    if (label >= 0) {
+      const OneAgainstOthers<A> point = against_others(block, label, pixel);
+      most = point.most;
+      own = -block.s.weight[pixel] * A(grad[kPointTerm]) * logistic(-point.log_odds);
+      others = -own / point.sum;
+    }
+
+    // 5. The gradient, in the logits' place: each by the thread that alone reads that logit.
+    __syncwarp();
+    for (int k = block.own_class(); k < classes; k += block.lanes()) {
+      const A z = asked ? block.logit(k, pixel) : A(0);
+      A dz = A(0);
+      if (p.objectness)
+        dz = s.object[k] ? exponential(z - sums.most_objects) * of_objects : exponential(z - sums.most) * of_rest;
+      if (label >= 0) dz += k == label ? own : others * exponential(z - most);
+      if (label == kUnknown) dz = A(nan(""));
+      for (int c = 0; hits > A(0) && c < classes; ++c)
+        if (s.at[c] == offset + pixel) dz += k == c ? s.own[c] : s.others[c] * exponential(z - s.most[c]);
       if constexpr (kShared) {
-        block.load_logits();
-        __syncthreads();
+        block.s.logits[k * t.stride + pixel] = dz;
+      } else {
+        to[block.index(k, pixel)] = narrow<T>(dz);
       }
-      const int pixel = block.own_pixel();
-      const int classes = pixel < block.count ? a.classes : 0;
-      PixelSums<A> sums;
-      A of_objects = A(0), of_rest = A(0);
-      if (p.objectness) {
-        sums = pixel_sums(block, s.object, pixel, classes);
-        if (classes) {
-          const int64_t at = block.image * a.pixels + block.first + pixel;
-          const A prior = load_number<A>(p.objectness, p.objectness_type, at);
-          const A slope = (logistic(sums.log_odds()) - prior) * A(grad[kObjectnessTerm]);
-          of_objects = slope / sums.objects;
-          of_rest = -slope / sums.sum;
-        }
-      }
-
-      // 4. Whether the pixel is some class's best or a point. Both are a class and its log-odds x with a slope by x, and
-      // other classes k get -exp(z_k - log sum of the others) of that.
-      A hits = A(0);
-      if (any_best) {
-        for (int c = block.own_class(); c < classes; c += block.lanes()) hits += A(s.at[c] == offset + pixel);
-        hits = block.sum_of_pixel(hits);
-      }
-      const auto share = [&](int k, A z, int c, A x, A slope) {
-        return k == c ? slope : -slope * exponential(z - widen(logits[block.index(c, pixel)]) + x);
-      };
-      const int label = any_labelled && classes ? block.s.label[pixel] : kNoLabel;
-      A x_of_label = A(0), slope_of_label = A(0);
-      if (label >= 0) {
-        x_of_label = log_odds_of(block, label, pixel);
-        slope_of_label = -block.s.weight[pixel] * A(grad[kPointTerm]) * logistic(-x_of_label);
-      }
-
-      // 5. The gradient, in the logits' place: each by the thread that alone reads that logit.
-      __syncwarp();
-      for (int k = block.own_class(); k < classes; k += block.lanes()) {
-        const A z = block.logit(k, pixel);
-        A dz = A(0);
-        if (p.objectness)
-          dz = s.object[k] ? exponential(z - sums.most_objects) * of_objects : exponential(z - sums.most) * of_rest;
-        if (label >= 0) dz += share(k, z, label, x_of_label, slope_of_label);
-        if (label == kUnknown) dz = A(nan(""));
-        for (int c = 0; hits > A(0) && c < classes; ++c) {
-          if (s.at[c] != offset + pixel) continue;
-          const A x = A(kept[c * kPointKept + kLogOdds]);
-          const bool present = kept[c * kPointKept + kPresence] > 0;
-          const A slope = present ? -A(grad[kPresentTerm]) * logistic(-x) : A(grad[kAbsentTerm]) * logistic(x);
-          dz += share(k, z, c, x, slope);
-        }
-        if constexpr (kShared) {
-          block.s.logits[k * t.stride + pixel] = dz;
-        } else {
-          to[block.index(k, pixel)] = narrow<T>(dz);
-        }
-      }
-      if constexpr (kShared) {
-        __syncthreads();
-        block.store_tile(to);
-      }
-    } else if (t.vectors) {
-      block.template each_vector<Block<T, kShared>::kVector>(
-          [&](int64_t at, int, int) { *reinterpret_cast<uint4*>(to + at) = uint4{}; });
-    } else {
-      block.template each_vector<1>([&](int64_t at, int, int) { to[at] = narrow<T>(A(0)); });
+    }
+    if constexpr (kShared) {
+      __syncthreads();
+      block.store_tile(to);
     }
   }
 }

@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
-  // [N, 7] float64, the sums of csrc/loss/point_supervision_math.h, and [N, C, 3] float64 for the backward pass. logits
+  // [N, 7] float64, the sums of csrc/loss/point_supervision_math.h, and [N, C, 5] float64 for the backward pass. logits
   // [N, C, *S]; target: labels [N, *S]; point_weight, objectness [N, *S]; image_labels [N, C]: > 0 present, 0 absent, < 0
   // neither (none: from the points); background: the classes that are no objects.
   m.def(

@@ -224,7 +224,7 @@ struct Block {
         for (int j = 0; j < kSize; ++j) elements[j] = narrow<To>(s.logits[step(c, pixel)]);
         uint4 bits;
         __builtin_memcpy(&bits, elements, 16);
-        *reinterpret_cast<uint4*>(to + offset) = bits;
+        __stwb(reinterpret_cast<uint4*>(to + offset), bits);  // an assignment may be taken apart
       });
     } else {
       each_vector<1>(

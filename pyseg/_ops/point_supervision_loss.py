@@ -1,7 +1,7 @@
 """Fake kernels and autograd of `pyseg::point_supervision_loss`.
 
 The operator returns an image's sums, [N, 7] float64 (COLUMNS), of which the four terms have a gradient, with respect to
-the logits only; and what its backward pass needs of every class, [N, C, 3]. Autocast changes nothing: 16-bit logits are
+the logits only; and what its backward pass needs of every class, [N, C, 5]. Autocast changes nothing: 16-bit logits are
 read as they are and computed with in float32. Memory formats as in segmentation_statistics.py.
 """
 
@@ -23,7 +23,7 @@ from pyseg._ops.segmentation_statistics import (
 )
 
 COLUMNS = ("PRESENT", "ABSENT", "POINT", "OBJECTNESS", "PRESENT_COUNT", "ABSENT_COUNT", "POINT_COUNT")
-_KEPT = 3  # of a class: its best pixel, presence, log-odds
+_KEPT = 5  # of a class: csrc/loss/point_supervision_math.h
 
 _FORWARD = torch.ops.pyseg.point_supervision_loss.default
 _BACKWARD = torch.ops.pyseg._point_supervision_loss_backward.default

@@ -129,10 +129,9 @@ def test_many_pixels(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_classes(device, dtype):
     """On CUDA more than shared memory holds."""
-    shape = (1, 300, 3, 50)
+    shape = (1, 300, 2, 35)
     logits = make_logits(shape, dtype)
-    check(logits, make_points(shape, 0.02), device, objectness=make_map(shape), background=(0, 7, 299))
-    check(logits, make_points(shape, 0.02), device)
+    check(logits, make_points(shape), device, objectness=make_map(shape), background=(0, 7, 299))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5), (1, 2, 1), (1, 2, 1, 1, 1)])
@@ -344,7 +343,7 @@ def test_export():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({0: (2, 1, 4, 5)}, r"logits must have 2 to 2048 classes, got \[2, 1, 4, 5\]"),
+        ({0: (2, 1, 4, 5)}, r"logits must have 2 to 1024 classes, got \[2, 1, 4, 5\]"),
         ({1: (2, 3, 4, 5)}, r"target must be (labels )?\[2, 4, 5\], got \[2, 3, 4, 5\]"),
         ({1: (2, 5, 4)}, r"target must be .*\[2, 4, 5\].*, got \[2, 5, 4\]"),
         ({2: (2, 4)}, r"point_weight must be \[2, 4, 5\], got \[2, 4\]"),

@@ -37,7 +37,7 @@ def point_supervision_loss(
     argmax anywhere it has no gradient. A term over nothing is 0.
 
     Args:
-        input: logits [N, C, *S] with 1 to 3 spatial dimensions and 2 to 2048 classes; float32, float64, float16 or
+        input: logits [N, C, *S] with 1 to 3 spatial dimensions and 2 to 1024 classes; float32, float64, float16 or
             bfloat16, contiguous or channels_last without a copy.
         target: the points: labels G [N, *S] of any integer dtype, ignore_index where there is none (nearly everywhere;
             `points_to_labels` makes it from coordinates). None: no points.
