@@ -3,8 +3,8 @@
     python examples/point_supervision.py            # about a minute on two cores
     python examples/point_supervision.py --steps 300 -o points.png
 
-Discs, squares, triangles and rings are drawn over grey noise, each in shades of its colour. The same small FCN learns, from
-scratch and on the same scenes, with `pyseg.nn.PointSupervisionLoss` (Bearman et al. 2016, 1506.02106): from which
+Discs, squares, triangles and rings are drawn over grey noise, each in shades of its colour. The same small FCN learns,
+from scratch and on the same scenes, with `pyseg.nn.PointSupervisionLoss` (Bearman et al. 2016, 1506.02106): from which
 shapes are in a scene; from one labelled pixel of each shape too; from an objectness prior too, which is how far the
 blurred colour of a pixel is from the scene's commonest; and, for comparison, from all labels with cross-entropy. Prints
 the mean IoU of each on scenes that none has seen, and writes a picture of one. Ends with status 1 where the full loss
