@@ -15,6 +15,7 @@ from pyseg.functional import (
     dense_crf,
     distance_to_two_nearest_objects,
     distance_transform,
+    fuse_query,
     gaussian_filter,
     iou,
     permutohedral_filter,
@@ -462,6 +463,37 @@ def test_crf_module_trains():
     want = torch.autograd.grad(module(x, x[:, :3]).square().sum(), list(module.parameters()))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+# ---- fuse_query ----
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"), [("aot_eager", torch.contiguous_format), ("inductor", torch.channels_last)], ids=str
+)
+def test_fuse_query(device, backend, layout):
+    """One graph for all sizes; its backward is the operator's own."""
+    available(device, backend)
+    torch.manual_seed(1)
+    weight, bias = torch.randn(6, 5 + 3 + 8, 1, 1).to(device), torch.randn(6).to(device)
+
+    def function(x, q, weight, bias):
+        return fuse_query(x.sin(), q, weight, bias, normalize=True, relu=True).cos()
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = compiled(function, counter)
+    for n, h, w in ((2, 7, 9), (3, 8, 6)):
+        (x,) = images(device, (n, h, w))
+        arguments = (x.contiguous(memory_format=layout), torch.randn(n, 3).to(device), weight, bias)
+        leaves = [t.detach().requires_grad_() for t in arguments]
+        results = []
+        for f in (function, fast):
+            y = f(*leaves)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1
 
 
 # ---- upsample ----

@@ -225,6 +225,22 @@ def test_dense_crf(device, strict, accuracy):
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_fuse_query(device, strict):
+    model = pyseg.nn.FuseQuery(5, 3, 6, normalize=True, relu=True).to(device)
+
+    def example(n, h, w):
+        return torch.randn(n, 5, h, w).to(device), torch.randn(n, 3).to(device)
+
+    n, h, w = Dim("n"), Dim("h", min=2, max=4096), Dim("w", min=2, max=4096)
+    shapes = {"input": {0: n, 2: h, 3: w}, "query": {0: n}}
+    program = saved_and_loaded(torch.export.export(model, example(2, 9, 8), dynamic_shapes=shapes, strict=strict))
+    assert torch.ops.pyseg.fuse_query.default in [node.target for node in program.graph.nodes]
+    for size in ((2, 9, 8), (1, 5, 12)):
+        arguments = example(*size)
+        torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
+
+
 class Pyramid(nn.Module):
     def __init__(self):
         super().__init__()

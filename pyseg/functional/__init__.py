@@ -9,6 +9,7 @@ from pyseg.functional.dense_crf import dense_crf_energy as dense_crf_energy
 from pyseg.functional.dense_crf import dense_crf_kernels as dense_crf_kernels
 from pyseg.functional.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.functional.distance_transform import distance_transform as distance_transform
+from pyseg.functional.fuse_query import fuse_query as fuse_query
 from pyseg.functional.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
@@ -55,6 +56,7 @@ __all__ = [
     "distance_to_two_nearest_objects",
     "distance_transform",
     "frequency_weighted_iou",
+    "fuse_query",
     "gaussian_filter",
     "hausdorff_distance",
     "iou",

@@ -1,5 +1,6 @@
 """Assembled networks."""
 
+from pyseg.models.referring import ReferringSegmenter, SentenceEncoder
 from pyseg.models.u2net import U2Net, load_u2net_onnx, u2net, u2netp
 
-__all__ = ["U2Net", "load_u2net_onnx", "u2net", "u2netp"]
+__all__ = ["ReferringSegmenter", "SentenceEncoder", "U2Net", "load_u2net_onnx", "u2net", "u2netp"]

@@ -6,6 +6,7 @@ from pyseg.nn.atrous_conv2d import AtrousConv2d as AtrousConv2d
 from pyseg.nn.atrous_conv2d import AtrousConv2dPlan as AtrousConv2dPlan
 from pyseg.nn.dense_crf import CRFasRNN as CRFasRNN
 from pyseg.nn.dense_crf import DenseCRF as DenseCRF
+from pyseg.nn.fuse_query import FuseQuery as FuseQuery
 from pyseg.nn.jpu import JPU as JPU
 from pyseg.nn.losses import *  # noqa: F403
 from pyseg.nn.losses import __all__ as _losses
@@ -22,6 +23,7 @@ __all__ = [
     "MultiScaleRoIAlign",
     "CRFasRNN",
     "DenseCRF",
+    "FuseQuery",
     "JPU",
     "SegmentationMetrics",
     *_losses,

@@ -7,6 +7,7 @@ from pyseg.reference.dense_crf import dense_crf_energy as dense_crf_energy
 from pyseg.reference.dense_crf import pairwise_matrix as pairwise_matrix
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
+from pyseg.reference.fuse_query import fuse_query as fuse_query
 from pyseg.reference.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.reference.jpu import JPU as JPU
 from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
@@ -35,6 +36,7 @@ __all__ = [
     "dense_crf_energy",
     "distance_to_two_nearest_objects",
     "distance_transform",
+    "fuse_query",
     "gaussian_filter",
     "hausdorff_distance",
     "lovasz_statistics",
