@@ -22,6 +22,7 @@ from pyseg.functional import (
     permutohedral_lattice,
     upsample_concat,
     upsample_concat_depthwise,
+    warp_to_view,
 )
 
 BACKENDS = ["aot_eager", "inductor"]
@@ -551,3 +552,25 @@ def test_upsample_concat_depthwise(device, backend, layout):
             torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-2)
             assert eager.stride() == other.stride()
     assert counter.frame_count == 1
+
+
+def test_warp_to_view(device):
+    """Forward and backward, sizes that change."""
+
+    def function(x, depth, k, pose):
+        y, valid = warp_to_view(x.sin(), depth, k, k, pose)
+        return y.cos() * valid.unsqueeze(1)
+
+    fast = compiled(function, "aot_eager")
+    for n, h, w in ((2, 7, 9), (3, 8, 6)):
+        (x,) = images(device, (n, h, w), requires_grad=True)
+        depth, k = torch.full((n, h, w), 2.0).to(device), torch.eye(3).repeat(n, 1, 1).to(device)
+        pose = torch.eye(4).repeat(n, 1, 1)
+        pose[:, 0, 3] = 0.7
+        results = []
+        for f in (function, fast):
+            y = f(x, depth, k, pose.to(device))
+            results.append([y, *torch.autograd.grad(y.square().sum(), x)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other)
+            assert eager.stride() == other.stride()

@@ -17,6 +17,7 @@ from pyseg.functional import (
     distance_transform,
     upsample_concat,
     upsample_concat_depthwise,
+    warp_and_fuse,
 )
 
 
@@ -268,3 +269,26 @@ def test_upsample(device, strict):
     for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-4)
+
+
+class Fusion(nn.Module):
+    def forward(self, scores, depth, k, pose):
+        return warp_and_fuse(scores, depth, k[:1], k, pose)
+
+
+def test_warp_and_fuse(device):
+    model = Fusion()
+
+    def example(n, h, w):
+        pose = torch.eye(4).repeat(n, 1, 1)
+        pose[:, 0, 3] = 0.7
+        tensors = (torch.randn(n, 5, h, w), torch.full((1, h, w), 2.0), torch.eye(3).repeat(n, 1, 1), pose)
+        return tuple(t.to(device) for t in tensors)
+
+    n, h, w = Dim("n", min=2, max=255), Dim("h", min=2, max=4096), Dim("w", min=2, max=4096)
+    shapes = {"scores": {0: n, 2: h, 3: w}, "depth": {1: h, 2: w}, "k": {0: n}, "pose": {0: n}}
+    program = saved_and_loaded(torch.export.export(model, example(3, 9, 8), dynamic_shapes=shapes, strict=True))
+    assert torch.ops.pyseg.warp_to_view.default in [node.target for node in program.graph.nodes]
+    for size in ((3, 9, 8), (2, 5, 12)):
+        arguments = example(*size)
+        torch.testing.assert_close(program.module()(*arguments), model(*arguments))

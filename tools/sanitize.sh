@@ -38,6 +38,7 @@ operators=(
   tests/roi/test_paste_masks.py
   tests/roi/test_nms.py
   tests/upsample
+  tests/warp/test_warp_to_view.py
 )
 
 echo "sanitize: address, undefined"

@@ -18,3 +18,4 @@ from pyseg._ops import roi_align as roi_align
 from pyseg._ops import segmentation_statistics as segmentation_statistics
 from pyseg._ops import upsample as upsample
 from pyseg._ops import upsample_concat_depthwise as upsample_concat_depthwise
+from pyseg._ops import warp_to_view as warp_to_view

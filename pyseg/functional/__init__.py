@@ -10,6 +10,8 @@ from pyseg.functional.dense_crf import dense_crf_kernels as dense_crf_kernels
 from pyseg.functional.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.functional.distance_transform import distance_transform as distance_transform
 from pyseg.functional.fuse_query import fuse_query as fuse_query
+from pyseg.functional.fuse_views import fuse_views as fuse_views
+from pyseg.functional.fuse_views import warp_and_fuse as warp_and_fuse
 from pyseg.functional.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
@@ -37,6 +39,7 @@ from pyseg.functional.surface_distance import average_surface_distance as averag
 from pyseg.functional.surface_distance import hausdorff_distance as hausdorff_distance
 from pyseg.functional.surface_distance import surface_dice as surface_dice
 from pyseg.functional.upsample_concat_depthwise import upsample_concat_depthwise as upsample_concat_depthwise
+from pyseg.functional.warp_to_view import warp_to_view as warp_to_view
 
 __all__ = [
     "FeatureKernel",
@@ -57,6 +60,7 @@ __all__ = [
     "distance_transform",
     "frequency_weighted_iou",
     "fuse_query",
+    "fuse_views",
     "gaussian_filter",
     "hausdorff_distance",
     "iou",
@@ -74,5 +78,7 @@ __all__ = [
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",
+    "warp_and_fuse",
+    "warp_to_view",
     *_losses,
 ]

@@ -4,3 +4,7 @@ from pyseg.models.referring import ReferringSegmenter, SentenceEncoder
 from pyseg.models.u2net import U2Net, load_u2net_onnx, u2net, u2netp
 
 __all__ = ["ReferringSegmenter", "SentenceEncoder", "U2Net", "load_u2net_onnx", "u2net", "u2netp"]
+from pyseg.models.fusenet import FuseNet
+from pyseg.models.u2net import U2Net, load_u2net_onnx, u2net, u2netp
+
+__all__ = ["FuseNet", "U2Net", "load_u2net_onnx", "u2net", "u2netp"]

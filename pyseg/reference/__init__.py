@@ -25,6 +25,8 @@ from pyseg.reference.surface_distance import surface_dice as surface_dice
 from pyseg.reference.upsample import bilinear_upsample as bilinear_upsample
 from pyseg.reference.upsample import upsample_concat as upsample_concat
 from pyseg.reference.upsample import upsample_concat_depthwise as upsample_concat_depthwise
+from pyseg.reference.warp_to_view import fuse_views as fuse_views
+from pyseg.reference.warp_to_view import warp_to_view as warp_to_view
 
 __all__ = [
     "JPU",
@@ -37,6 +39,7 @@ __all__ = [
     "distance_to_two_nearest_objects",
     "distance_transform",
     "fuse_query",
+    "fuse_views",
     "gaussian_filter",
     "hausdorff_distance",
     "lovasz_statistics",
@@ -52,4 +55,5 @@ __all__ = [
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",
+    "warp_to_view",
 ]
