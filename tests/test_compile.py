@@ -16,6 +16,7 @@ from pyseg.functional import (
     distance_to_two_nearest_objects,
     distance_transform,
     fuse_query,
+    expectation_labels,
     gaussian_filter,
     iou,
     permutohedral_filter,
@@ -322,6 +323,26 @@ def test_metric_module():
         step(x, target)
         total = total + confusion_matrix(x.sin(), target)
     assert torch.equal(metric.compute(), total)
+
+
+def test_expectation_labels(device):
+    """Labels and biases, for sizes that change without recompiling."""
+
+    def function(x, present):
+        labels, bias = expectation_labels(
+            x * 2, present, background_share=0.4, foreground_share=0.2, sweeps=3, return_bias=True
+        )
+        return labels + 1, bias * 2
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = compiled(function, counter)
+    frames = []
+    for x in images(device, (2, 7, 9), (3, 8, 6), (4, 11, 7)):
+        present = x[:, :, 0, 0] > -0.5
+        for eager, other in zip(function(x, present), fast(x, present), strict=True):
+            torch.testing.assert_close(eager, other)
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1  # the first call hands two graphs to the backend, later ones none
 
 
 # ---- roi_align ----

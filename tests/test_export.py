@@ -15,6 +15,7 @@ from pyseg.functional import (
     dice,
     distance_to_two_nearest_objects,
     distance_transform,
+    expectation_labels,
     upsample_concat,
     upsample_concat_depthwise,
     warp_and_fuse,
@@ -171,6 +172,28 @@ def test_confusion_matrix(device, strict):
     for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), equal_nan=True)
+
+
+class Estimated(nn.Module):
+    def forward(self, x, present):
+        return expectation_labels(x, present, background_share=0.4, foreground_share=0.2, sweeps=3)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_expectation_labels(device, strict):
+    model = Estimated()
+
+    def example(n, h, w):
+        x = torch.randn(n, 4, h, w).to(device)
+        return x, x[:, :, 0, 0] > -0.5
+
+    n = Dim("n")
+    shapes = {"x": {0: n, 2: Dim("h", min=2, max=4096), 3: Dim("w", min=2, max=4096)}, "present": {0: n}}
+    program = torch.export.export(model, example(2, 9, 8), dynamic_shapes=shapes, strict=strict)
+    module = saved_and_loaded(program).module()
+    for size in ((2, 9, 8), (1, 5, 12), (4, 7, 4)):
+        arguments = example(*size)
+        assert torch.equal(module(*arguments), model(*arguments))
 
 
 class Pooled(nn.Module):

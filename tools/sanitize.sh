@@ -30,6 +30,7 @@ operators=(
   tests/distance/test_distance_transform.py
   tests/loss/test_segmentation_statistics.py
   tests/loss/test_pixel_cross_entropy.py
+  tests/loss/test_expectation_labels.py
   tests/loss/test_hausdorff_dt.py
   tests/loss/test_lovasz_statistics.py
   tests/loss/test_log_sum.py

@@ -5,6 +5,7 @@ from pyseg._ops import atrous_conv2d as atrous_conv2d
 from pyseg._ops import confusion_matrix as confusion_matrix
 from pyseg._ops import distance_transform as distance_transform
 from pyseg._ops import fuse_query as fuse_query
+from pyseg._ops import expectation_labels as expectation_labels
 from pyseg._ops import gaussian_filter as gaussian_filter
 from pyseg._ops import hausdorff_dt as hausdorff_dt
 from pyseg._ops import lovasz_statistics as lovasz_statistics

@@ -12,6 +12,7 @@ from pyseg.functional.distance_transform import distance_transform as distance_t
 from pyseg.functional.fuse_query import fuse_query as fuse_query
 from pyseg.functional.fuse_views import fuse_views as fuse_views
 from pyseg.functional.fuse_views import warp_and_fuse as warp_and_fuse
+from pyseg.functional.expectation_labels import expectation_labels as expectation_labels
 from pyseg.functional.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
@@ -58,6 +59,7 @@ __all__ = [
     "dice",
     "distance_to_two_nearest_objects",
     "distance_transform",
+    "expectation_labels",
     "frequency_weighted_iou",
     "fuse_query",
     "fuse_views",

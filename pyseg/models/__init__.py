@@ -1,4 +1,4 @@
-"""Assembled networks."""
+"""Assembled networks and systems."""
 
 from pyseg.models.referring import ReferringSegmenter, SentenceEncoder
 from pyseg.models.u2net import U2Net, load_u2net_onnx, u2net, u2netp
@@ -8,3 +8,19 @@ from pyseg.models.fusenet import FuseNet
 from pyseg.models.u2net import U2Net, load_u2net_onnx, u2net, u2netp
 
 __all__ = ["FuseNet", "U2Net", "load_u2net_onnx", "u2net", "u2netp"]
+from pyseg.models.deeplab_em import EMAdapt, EMFixed, EMStep, box_crf_labels, box_labels, em_step, image_labels
+from pyseg.models.u2net import U2Net, load_u2net_onnx, u2net, u2netp
+
+__all__ = [
+    "EMAdapt",
+    "EMFixed",
+    "EMStep",
+    "U2Net",
+    "box_crf_labels",
+    "box_labels",
+    "em_step",
+    "image_labels",
+    "load_u2net_onnx",
+    "u2net",
+    "u2netp",
+]

@@ -8,6 +8,7 @@ from pyseg.reference.dense_crf import pairwise_matrix as pairwise_matrix
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
 from pyseg.reference.fuse_query import fuse_query as fuse_query
+from pyseg.reference.expectation_labels import expectation_labels as expectation_labels
 from pyseg.reference.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.reference.jpu import JPU as JPU
 from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
@@ -40,6 +41,7 @@ __all__ = [
     "distance_transform",
     "fuse_query",
     "fuse_views",
+    "expectation_labels",
     "gaussian_filter",
     "hausdorff_distance",
     "lovasz_statistics",
