@@ -234,7 +234,8 @@ def test_fastfcn(tmp_path):
     pytest.importorskip("torchvision")
     out = tmp_path / "shapes.png"
     done = run_other("fastfcn.py", "--head", "aspp", "--steps", 6, "--size", 96, "--threads", 1, "-o", out)
-    assert done.returncode == 0, done.stderr
+    first, last = map(float, re.search(r"loss (\S+) at first, (\S+) at last", done.stdout).groups())
+    assert done.returncode == (last > 0.5 * first), done.stderr  # six steps may be too few
     before, after = map(float, re.search(r"mean IoU (\S+) before, (\S+) after", done.stdout).groups())
     assert before < after <= 1
     assert re.search(r"FastFCN, accelerated +\d+", done.stdout)
@@ -369,7 +370,9 @@ def test_mask_rcnn_trains(tmp_path):
     out = tmp_path / "shapes.png"
     done = run_other("mask_rcnn_shapes.py", "--steps", 2, "--held-out", 8, "--threads", 1, "-o", out)
     assert done.returncode == 1, done.stderr
-    assert done.stderr == "mask_rcnn_shapes: AP50 must be at least 0.8, got 0.000\n"
+    assert "mask_rcnn_shapes: the loss must at least halve" in done.stderr
+    assert done.stderr.endswith("mask_rcnn_shapes: AP50 must be at least 0.8, got 0.000\n")
+    assert done.stderr.count("\n") == 2
     assert len(re.findall(r"the whole network +\d+\.\d +\d+\.\d", done.stdout)) == 2
     assert re.search(r"boxes +0\.\d{3} +0\.\d{3}\n +masks +0\.\d{3} +0\.\d{3}\n", done.stdout)
     with Image.open(out) as picture:
