@@ -21,6 +21,8 @@ from pyseg.functional import (
     iou,
     permutohedral_filter,
     permutohedral_lattice,
+    pixel_links,
+    sparse_pairwise,
     upsample_concat,
     upsample_concat_depthwise,
     warp_to_view,
@@ -475,6 +477,30 @@ def test_dense_crf(device, backend, requires_grad):
             torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-4)
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1]
+
+
+def test_sparse_pairwise(device):
+    """Values and weights with their gradients; sizes and numbers of links that change without recompiling."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def summed(x, links, weights):
+        return sparse_pairwise(x.sin(), links._replace(weights=weights)) * 2
+
+    fast = compiled(summed, counter)
+    frames = []
+    for x in images(device, (2, 7, 9), (3, 8, 6), (4, 9, 7), requires_grad=True):
+        pixels = x[:, 0].numel()
+        starts, columns = torch.arange(pixels + 1), torch.arange(pixels).flip(0)
+        links = type(pixel_links(starts, columns))(*[t.to(device) for t in pixel_links(starts, columns)])
+        weights = torch.randn(pixels).to(device).requires_grad_()
+        results = []
+        for f in (summed, fast):
+            y = f(x, links, weights)
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, weights))])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
+        frames.append(counter.frame_count)
+    assert frames[1] == frames[-1]
 
 
 def test_crf_module_trains():

@@ -9,9 +9,13 @@ from torch.export import Dim
 
 import pyseg
 from pyseg.functional import (
+    LinkKernel,
+    PixelLinks,
     atrous_conv2d,
     bilinear_upsample,
     confusion_matrix,
+    correspondence_links,
+    dense_crf,
     dice,
     distance_to_two_nearest_objects,
     distance_transform,
@@ -263,6 +267,27 @@ def test_fuse_query(device, strict):
     for size in ((2, 9, 8), (1, 5, 12)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
+class Linked(nn.Module):
+    """Mean field over views whose links are buffers."""
+
+    def __init__(self, device):
+        super().__init__()
+        first, second = torch.tensor([[0, 1, 1], [0, 2, 3]]), torch.tensor([[1, 0, 1], [1, 2, 2]])
+        links = correspondence_links(first, second, (2, 3, 4))
+        for name, tensor in links._asdict().items():
+            self.register_buffer(name, tensor.to(device))
+
+    def forward(self, unary):
+        links = PixelLinks(*[getattr(self, name) for name in PixelLinks._fields])
+        return dense_crf(unary, kernels=[LinkKernel(links)], iterations=2)
+
+
+def test_linked_views(device):
+    model = Linked(device)
+    unary = torch.randn(2, 3, 3, 4).to(device)
+    with torch.no_grad():
+        program = saved_and_loaded(torch.export.export(model, (unary,)))
+    torch.testing.assert_close(program.module()(unary), model(unary))
 
 
 class Pyramid(nn.Module):

@@ -27,6 +27,7 @@ operators=(
   tests/crf/test_permutohedral_filter.py
   tests/crf/test_gaussian_filter.py
   tests/crf/test_mean_field.py
+  tests/crf/test_sparse_pairwise.py
   tests/distance/test_distance_transform.py
   tests/loss/test_segmentation_statistics.py
   tests/loss/test_pixel_cross_entropy.py

@@ -17,6 +17,7 @@ from pyseg._ops import permutohedral_lattice as permutohedral_lattice
 from pyseg._ops import pixel_cross_entropy as pixel_cross_entropy
 from pyseg._ops import roi_align as roi_align
 from pyseg._ops import segmentation_statistics as segmentation_statistics
+from pyseg._ops import sparse_pairwise as sparse_pairwise
 from pyseg._ops import upsample as upsample
 from pyseg._ops import upsample_concat_depthwise as upsample_concat_depthwise
 from pyseg._ops import warp_to_view as warp_to_view

@@ -21,6 +21,7 @@ from pyseg.functional.nms import nms as nms
 from pyseg.functional.nms import nms_padded as nms_padded
 from pyseg.functional.pairwise_kernels import FeatureKernel as FeatureKernel
 from pyseg.functional.pairwise_kernels import GaussianKernel as GaussianKernel
+from pyseg.functional.pairwise_kernels import LinkKernel as LinkKernel
 from pyseg.functional.pairwise_kernels import bilateral_features as bilateral_features
 from pyseg.functional.paste_masks import crop_masks as crop_masks
 from pyseg.functional.paste_masks import paste_masks as paste_masks
@@ -36,6 +37,11 @@ from pyseg.functional.segmentation_metrics import pixel_accuracy as pixel_accura
 from pyseg.functional.segmentation_metrics import precision as precision
 from pyseg.functional.segmentation_metrics import recall as recall
 from pyseg.functional.segmentation_metrics import specificity as specificity
+from pyseg.functional.sparse_pairwise import PixelLinks as PixelLinks
+from pyseg.functional.sparse_pairwise import correspondence_links as correspondence_links
+from pyseg.functional.sparse_pairwise import pixel_links as pixel_links
+from pyseg.functional.sparse_pairwise import sparse_pairwise as sparse_pairwise
+from pyseg.functional.sparse_pairwise import track_links as track_links
 from pyseg.functional.surface_distance import average_surface_distance as average_surface_distance
 from pyseg.functional.surface_distance import hausdorff_distance as hausdorff_distance
 from pyseg.functional.surface_distance import surface_dice as surface_dice
@@ -45,12 +51,15 @@ from pyseg.functional.warp_to_view import warp_to_view as warp_to_view
 __all__ = [
     "FeatureKernel",
     "GaussianKernel",
+    "LinkKernel",
     "PermutohedralLattice",
+    "PixelLinks",
     "atrous_conv2d",
     "average_surface_distance",
     "batched_nms",
     "bilinear_upsample",
     "confusion_matrix",
+    "correspondence_links",
     "crop_masks",
     "bilateral_features",
     "dense_crf",
@@ -72,12 +81,15 @@ __all__ = [
     "paste_masks",
     "permutohedral_filter",
     "permutohedral_lattice",
+    "pixel_links",
     "pixel_accuracy",
     "precision",
     "recall",
     "roi_align",
     "specificity",
+    "sparse_pairwise",
     "surface_dice",
+    "track_links",
     "upsample_concat",
     "upsample_concat_depthwise",
     "warp_and_fuse",

@@ -20,6 +20,9 @@ from pyseg.reference.pixel_cross_entropy import pixel_cross_entropy as pixel_cro
 from pyseg.reference.roi_align import multiscale_roi_align as multiscale_roi_align
 from pyseg.reference.roi_align import roi_align as roi_align
 from pyseg.reference.segmentation_statistics import segmentation_statistics as segmentation_statistics
+from pyseg.reference.sparse_pairwise import link_matrix as link_matrix
+from pyseg.reference.sparse_pairwise import multi_view_crf as multi_view_crf
+from pyseg.reference.sparse_pairwise import sparse_pairwise as sparse_pairwise
 from pyseg.reference.surface_distance import average_surface_distance as average_surface_distance
 from pyseg.reference.surface_distance import hausdorff_distance as hausdorff_distance
 from pyseg.reference.surface_distance import surface_dice as surface_dice
@@ -44,7 +47,9 @@ __all__ = [
     "expectation_labels",
     "gaussian_filter",
     "hausdorff_distance",
+    "link_matrix",
     "lovasz_statistics",
+    "multi_view_crf",
     "multiscale_roi_align",
     "nms",
     "pairwise_matrix",
@@ -54,6 +59,7 @@ __all__ = [
     "pixel_cross_entropy",
     "roi_align",
     "segmentation_statistics",
+    "sparse_pairwise",
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",

@@ -9,6 +9,7 @@ from cpu_targets import run_on_cpu_target
 SCRIPT = """
 import torch
 import test_gaussian_filter, test_mean_field, test_permutohedral_filter, test_permutohedral_lattice
+import test_sparse_pairwise
 import pyseg._loader
 assert pyseg._loader._C.cpu_capability() == {capability!r}
 for d in (2, 5):
@@ -26,6 +27,9 @@ for case in test_gaussian_filter.CASES:
     test_gaussian_filter.test_definition("cpu", case, False)
 test_mean_field.test_coarse_grid(21, (64, 101), (3.0, 3.0))
 test_mean_field.test_energies_out_of_the_ordinary("cpu")
+for channels in (1, 3, 5, 8, 11, 21):
+    test_sparse_pairwise.test_definition("cpu", channels)
+test_sparse_pairwise.test_gradients_of_the_reference("cpu")
 test_mean_field.test_same_bits_for_every_number_of_threads()
 """
 
