@@ -26,6 +26,7 @@ from pyseg.functional import (
     upsample_concat,
     upsample_concat_depthwise,
     warp_to_view,
+    valve_conv2d,
 )
 
 BACKENDS = ["aot_eager", "inductor"]
@@ -621,3 +622,23 @@ def test_warp_to_view(device):
         for eager, other in zip(*results, strict=True):
             torch.testing.assert_close(eager, other)
             assert eager.stride() == other.stride()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_valve_conv2d(device, backend):
+    """The fused operator and the gate behind a convolution, forward and backward, on maps that change their size."""
+    available(device, backend)
+    torch.manual_seed(1)
+    weights = [torch.randn(4, channels, 3, 3).to(device).requires_grad_() for channels in (3, 33, 1)]
+
+    def function(image, features, region):
+        few = valve_conv2d(image, region, weights[0], weights[2], padding=1, relu=True)
+        return few + valve_conv2d(features, region, weights[1], weights[2], padding=1)
+
+    fast = compiled(function, backend)
+    for n, h, w in ((2, 7, 9), (3, 8, 6)):
+        arguments = [torch.randn(n, channels, h, w).to(device) for channels in (3, 33, 1)]
+        results = []
+        for f in (function, fast):
+            y = f(*arguments)
+            results.append([y, *torch.autograd.grad(y.square().sum(), weights)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-3)

@@ -340,3 +340,12 @@ def test_warp_and_fuse(device):
     for size in ((3, 9, 8), (2, 5, 12)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments))
+def test_valve_conv2d(device):
+    model = pyseg.nn.ValveConv2d(3, 4, 3, padding=1, relu=True, valve_std=0.5).to(device)
+    image, region = torch.randn(2, 3, 9, 8).to(device), torch.ones(2, 1, 9, 8).to(device)
+    sides = {0: Dim("n"), 2: Dim("h", min=4, max=4096), 3: Dim("w", min=4, max=4096)}
+    exported = torch.export.export(model, (image, region), dynamic_shapes={"input": sides, "region": sides})
+    program = saved_and_loaded(exported)
+    assert [node.target for node in program.graph.nodes].count(torch.ops.pyseg.valve_conv2d.default) == 1
+    image, region = torch.randn(1, 3, 5, 12).to(device), torch.randn(1, 1, 5, 12).to(device)
+    torch.testing.assert_close(program.module()(image, region), model(image, region))

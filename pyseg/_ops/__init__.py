@@ -21,3 +21,4 @@ from pyseg._ops import sparse_pairwise as sparse_pairwise
 from pyseg._ops import upsample as upsample
 from pyseg._ops import upsample_concat_depthwise as upsample_concat_depthwise
 from pyseg._ops import warp_to_view as warp_to_view
+from pyseg._ops import valve_conv2d as valve_conv2d

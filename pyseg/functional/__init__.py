@@ -47,6 +47,8 @@ from pyseg.functional.surface_distance import hausdorff_distance as hausdorff_di
 from pyseg.functional.surface_distance import surface_dice as surface_dice
 from pyseg.functional.upsample_concat_depthwise import upsample_concat_depthwise as upsample_concat_depthwise
 from pyseg.functional.warp_to_view import warp_to_view as warp_to_view
+from pyseg.functional.valve_conv2d import region_gate as region_gate
+from pyseg.functional.valve_conv2d import valve_conv2d as valve_conv2d
 
 __all__ = [
     "FeatureKernel",
@@ -85,6 +87,7 @@ __all__ = [
     "pixel_accuracy",
     "precision",
     "recall",
+    "region_gate",
     "roi_align",
     "specificity",
     "sparse_pairwise",
@@ -94,5 +97,6 @@ __all__ = [
     "upsample_concat_depthwise",
     "warp_and_fuse",
     "warp_to_view",
+    "valve_conv2d",
     *_losses,
 ]

@@ -13,6 +13,8 @@ from pyseg.nn.losses import __all__ as _losses
 from pyseg.nn.metrics import ConfusionMatrix as ConfusionMatrix
 from pyseg.nn.metrics import SegmentationMetrics as SegmentationMetrics
 from pyseg.nn.roi_align import MultiScaleRoIAlign as MultiScaleRoIAlign
+from pyseg.nn.valve_conv2d import RegionGate as RegionGate
+from pyseg.nn.valve_conv2d import ValveConv2d as ValveConv2d
 
 __all__ = [
     "ASPP",
@@ -25,6 +27,8 @@ __all__ = [
     "DenseCRF",
     "FuseQuery",
     "JPU",
+    "RegionGate",
     "SegmentationMetrics",
+    "ValveConv2d",
     *_losses,
 ]

@@ -31,6 +31,8 @@ from pyseg.reference.upsample import upsample_concat as upsample_concat
 from pyseg.reference.upsample import upsample_concat_depthwise as upsample_concat_depthwise
 from pyseg.reference.warp_to_view import fuse_views as fuse_views
 from pyseg.reference.warp_to_view import warp_to_view as warp_to_view
+from pyseg.reference.valve_conv2d import region_gate as region_gate
+from pyseg.reference.valve_conv2d import valve_conv2d as valve_conv2d
 
 __all__ = [
     "JPU",
@@ -57,6 +59,7 @@ __all__ = [
     "permutohedral_filter",
     "permutohedral_simplices",
     "pixel_cross_entropy",
+    "region_gate",
     "roi_align",
     "segmentation_statistics",
     "sparse_pairwise",
@@ -64,4 +67,5 @@ __all__ = [
     "upsample_concat",
     "upsample_concat_depthwise",
     "warp_to_view",
+    "valve_conv2d",
 ]
