@@ -19,6 +19,7 @@ from pyseg.functional import (
     expectation_labels,
     gaussian_filter,
     iou,
+    joint_warp,
     permutohedral_filter,
     permutohedral_lattice,
     pixel_links,
@@ -642,3 +643,26 @@ def test_valve_conv2d(device, backend):
             results.append([y, *torch.autograd.grad(y.square().sum(), weights)])
         for eager, other in zip(*results, strict=True):
             torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-3)
+def test_joint_warp(device):
+    """Image, soft and hard labels, forward and backward, sizes that change without recompiling."""
+
+    def function(x, soft, labels, affine, displacement):
+        y, warped = joint_warp(x.sin(), soft, affine, displacement, gain=1.5, border="constant")
+        return y.cos(), warped, joint_warp(x, labels, affine, displacement, ignore_index=-1)[1]
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = compiled(function, counter)
+    frames = []
+    for n, h, w in ((6, 7, 9), (7, 8, 12), (8, 11, 10)):  # sizes that are equal at first count as one
+        (x,) = images(device, (n, h, w), requires_grad=True)
+        soft, labels = torch.rand(n, 4, h, w), torch.randint(5, (n, h, w))
+        others = [t.to(device) for t in (soft, labels, torch.randn(n, 2, 3), torch.randn(n, 2, 3, 3))]
+        results = []
+        for f in (function, fast):
+            outputs = f(x, *others)
+            results.append([*outputs, *torch.autograd.grad(outputs[0].square().sum(), x)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
+            assert eager.stride() == other.stride()
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 3

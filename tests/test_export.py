@@ -20,6 +20,7 @@ from pyseg.functional import (
     distance_to_two_nearest_objects,
     distance_transform,
     expectation_labels,
+    joint_warp,
     upsample_concat,
     upsample_concat_depthwise,
     warp_and_fuse,
@@ -349,3 +350,21 @@ def test_valve_conv2d(device):
     assert [node.target for node in program.graph.nodes].count(torch.ops.pyseg.valve_conv2d.default) == 1
     image, region = torch.randn(1, 3, 5, 12).to(device), torch.randn(1, 1, 5, 12).to(device)
     torch.testing.assert_close(program.module()(image, region), model(image, region))
+class Warp(nn.Module):
+    def forward(self, x, labels, affine, displacement):
+        return joint_warp(x, labels, affine, displacement, size=(6, 7), gain=2.0)
+
+
+def test_joint_warp(device):
+    def example(n, h, w):
+        torch.manual_seed(0)
+        tensors = (torch.rand(n, 3, h, w), torch.randint(5, (n, h, w)), torch.randn(n, 2, 3), torch.randn(n, 2, 3, 3))
+        return tuple(t.to(device) for t in tensors)
+
+    n, h, w = Dim("n"), Dim("h", min=2, max=4096), Dim("w", min=2, max=4096)
+    shapes = {"x": {0: n, 2: h, 3: w}, "labels": {0: n, 1: h, 2: w}, "affine": {0: n}, "displacement": {0: n}}
+    program = saved_and_loaded(torch.export.export(Warp(), example(2, 9, 8), dynamic_shapes=shapes))
+    assert torch.ops.pyseg.joint_warp.default in [node.target for node in program.graph.nodes]
+    for size in ((2, 9, 8), (1, 5, 12)):
+        for got, expected in zip(program.module()(*example(*size)), Warp()(*example(*size)), strict=True):
+            assert torch.equal(got, expected)

@@ -41,6 +41,7 @@ operators=(
   tests/roi/test_nms.py
   tests/upsample
   tests/warp/test_warp_to_view.py
+  tests/warp
 )
 
 echo "sanitize: address, undefined"

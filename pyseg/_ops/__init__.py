@@ -8,6 +8,7 @@ from pyseg._ops import fuse_query as fuse_query
 from pyseg._ops import expectation_labels as expectation_labels
 from pyseg._ops import gaussian_filter as gaussian_filter
 from pyseg._ops import hausdorff_dt as hausdorff_dt
+from pyseg._ops import joint_warp as joint_warp
 from pyseg._ops import lovasz_statistics as lovasz_statistics
 from pyseg._ops import mean_field as mean_field
 from pyseg._ops import nms as nms

@@ -14,6 +14,9 @@ from pyseg.functional.fuse_views import fuse_views as fuse_views
 from pyseg.functional.fuse_views import warp_and_fuse as warp_and_fuse
 from pyseg.functional.expectation_labels import expectation_labels as expectation_labels
 from pyseg.functional.gaussian_filter import gaussian_filter as gaussian_filter
+from pyseg.functional.joint_warp import elastic_deform as elastic_deform
+from pyseg.functional.joint_warp import joint_warp as joint_warp
+from pyseg.functional.joint_warp import warp_matrix as warp_matrix
 from pyseg.functional.losses import *  # noqa: F403
 from pyseg.functional.losses import __all__ as _losses
 from pyseg.functional.nms import batched_nms as batched_nms
@@ -71,12 +74,14 @@ __all__ = [
     "distance_to_two_nearest_objects",
     "distance_transform",
     "expectation_labels",
+    "elastic_deform",
     "frequency_weighted_iou",
     "fuse_query",
     "fuse_views",
     "gaussian_filter",
     "hausdorff_distance",
     "iou",
+    "joint_warp",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
@@ -98,5 +103,6 @@ __all__ = [
     "warp_and_fuse",
     "warp_to_view",
     "valve_conv2d",
+    "warp_matrix",
     *_losses,
 ]

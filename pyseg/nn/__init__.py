@@ -7,6 +7,8 @@ from pyseg.nn.atrous_conv2d import AtrousConv2dPlan as AtrousConv2dPlan
 from pyseg.nn.dense_crf import CRFasRNN as CRFasRNN
 from pyseg.nn.dense_crf import DenseCRF as DenseCRF
 from pyseg.nn.fuse_query import FuseQuery as FuseQuery
+from pyseg.nn.joint_augmentation import JointAugmentation as JointAugmentation
+from pyseg.nn.joint_augmentation import WarpParameters as WarpParameters
 from pyseg.nn.jpu import JPU as JPU
 from pyseg.nn.losses import *  # noqa: F403
 from pyseg.nn.losses import __all__ as _losses
@@ -30,5 +32,8 @@ __all__ = [
     "RegionGate",
     "SegmentationMetrics",
     "ValveConv2d",
+    "JointAugmentation",
+    "SegmentationMetrics",
+    "WarpParameters",
     *_losses,
 ]

@@ -10,6 +10,9 @@ from pyseg.reference.distance_transform import distance_transform as distance_tr
 from pyseg.reference.fuse_query import fuse_query as fuse_query
 from pyseg.reference.expectation_labels import expectation_labels as expectation_labels
 from pyseg.reference.gaussian_filter import gaussian_filter as gaussian_filter
+from pyseg.reference.joint_warp import displacement_field as displacement_field
+from pyseg.reference.joint_warp import joint_warp as joint_warp
+from pyseg.reference.joint_warp import warp_places as warp_places
 from pyseg.reference.jpu import JPU as JPU
 from pyseg.reference.lovasz import lovasz_statistics as lovasz_statistics
 from pyseg.reference.paste_masks import nms as nms
@@ -42,6 +45,7 @@ __all__ = [
     "confusion_matrix",
     "dense_crf",
     "dense_crf_energy",
+    "displacement_field",
     "distance_to_two_nearest_objects",
     "distance_transform",
     "fuse_query",
@@ -50,6 +54,7 @@ __all__ = [
     "gaussian_filter",
     "hausdorff_distance",
     "link_matrix",
+    "joint_warp",
     "lovasz_statistics",
     "multi_view_crf",
     "multiscale_roi_align",
@@ -68,4 +73,5 @@ __all__ = [
     "upsample_concat_depthwise",
     "warp_to_view",
     "valve_conv2d",
+    "warp_places",
 ]
