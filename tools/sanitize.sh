@@ -35,6 +35,7 @@ operators=(
   tests/loss/test_hausdorff_dt.py
   tests/loss/test_lovasz_statistics.py
   tests/loss/test_log_sum.py
+  tests/loss/test_point_supervision_loss.py
   tests/metric/test_confusion_matrix.py
   tests/roi/test_roi_align.py
   tests/roi/test_paste_masks.py

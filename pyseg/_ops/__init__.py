@@ -16,6 +16,7 @@ from pyseg._ops import paste_masks as paste_masks
 from pyseg._ops import permutohedral_filter as permutohedral_filter
 from pyseg._ops import permutohedral_lattice as permutohedral_lattice
 from pyseg._ops import pixel_cross_entropy as pixel_cross_entropy
+from pyseg._ops import point_supervision_loss as point_supervision_loss
 from pyseg._ops import roi_align as roi_align
 from pyseg._ops import segmentation_statistics as segmentation_statistics
 from pyseg._ops import sparse_pairwise as sparse_pairwise

@@ -20,6 +20,7 @@ from pyseg.reference.paste_masks import paste_masks as paste_masks
 from pyseg.reference.permutohedral import permutohedral_filter as permutohedral_filter
 from pyseg.reference.permutohedral import permutohedral_simplices as permutohedral_simplices
 from pyseg.reference.pixel_cross_entropy import pixel_cross_entropy as pixel_cross_entropy
+from pyseg.reference.point_supervision import point_supervision_loss as point_supervision_loss
 from pyseg.reference.roi_align import multiscale_roi_align as multiscale_roi_align
 from pyseg.reference.roi_align import roi_align as roi_align
 from pyseg.reference.segmentation_statistics import segmentation_statistics as segmentation_statistics
@@ -65,6 +66,7 @@ __all__ = [
     "permutohedral_simplices",
     "pixel_cross_entropy",
     "region_gate",
+    "point_supervision_loss",
     "roi_align",
     "segmentation_statistics",
     "sparse_pairwise",

@@ -54,6 +54,8 @@ from pyseg.functional.losses.distribution import unet_border_weights as unet_bor
 from pyseg.functional.losses.distribution import weighted_binary_cross_entropy as weighted_binary_cross_entropy
 from pyseg.functional.losses.multiscale import multiscale_cross_entropy as multiscale_cross_entropy
 from pyseg.functional.losses.multiscale import pool_labels as pool_labels
+from pyseg.functional.losses.point_supervision import point_supervision_loss as point_supervision_loss
+from pyseg.functional.losses.point_supervision import points_to_labels as points_to_labels
 from pyseg.functional.losses.region import dice_loss as dice_loss
 from pyseg.functional.losses.region import focal_tversky_loss as focal_tversky_loss
 from pyseg.functional.losses.region import generalized_dice_loss as generalized_dice_loss
@@ -87,6 +89,8 @@ __all__ = [
     "multiscale_cross_entropy",
     "ohem_cross_entropy",
     "pool_labels",
+    "point_supervision_loss",
+    "points_to_labels",
     "sensitivity_specificity_loss",
     "shape_aware_loss",
     "sigmoid_focal_loss",
