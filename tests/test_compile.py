@@ -15,8 +15,8 @@ from pyseg.functional import (
     dense_crf,
     distance_to_two_nearest_objects,
     distance_transform,
-    fuse_query,
     expectation_labels,
+    fuse_query,
     gaussian_filter,
     iou,
     joint_warp,
@@ -26,8 +26,8 @@ from pyseg.functional import (
     sparse_pairwise,
     upsample_concat,
     upsample_concat_depthwise,
-    warp_to_view,
     valve_conv2d,
+    warp_to_view,
 )
 
 BACKENDS = ["aot_eager", "inductor"]
@@ -623,6 +623,8 @@ def test_warp_to_view(device):
         for eager, other in zip(*results, strict=True):
             torch.testing.assert_close(eager, other)
             assert eager.stride() == other.stride()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_valve_conv2d(device, backend):
     """The fused operator and the gate behind a convolution, forward and backward, on maps that change their size."""
@@ -643,6 +645,8 @@ def test_valve_conv2d(device, backend):
             results.append([y, *torch.autograd.grad(y.square().sum(), weights)])
         for eager, other in zip(*results, strict=True):
             torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-3)
+
+
 def test_joint_warp(device):
     """Image, soft and hard labels, forward and backward, sizes that change without recompiling."""
 

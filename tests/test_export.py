@@ -268,6 +268,8 @@ def test_fuse_query(device, strict):
     for size in ((2, 9, 8), (1, 5, 12)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
+
+
 class Linked(nn.Module):
     """Mean field over views whose links are buffers."""
 
@@ -341,6 +343,8 @@ def test_warp_and_fuse(device):
     for size in ((3, 9, 8), (2, 5, 12)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments))
+
+
 def test_valve_conv2d(device):
     model = pyseg.nn.ValveConv2d(3, 4, 3, padding=1, relu=True, valve_std=0.5).to(device)
     image, region = torch.randn(2, 3, 9, 8).to(device), torch.ones(2, 1, 9, 8).to(device)
@@ -350,6 +354,8 @@ def test_valve_conv2d(device):
     assert [node.target for node in program.graph.nodes].count(torch.ops.pyseg.valve_conv2d.default) == 1
     image, region = torch.randn(1, 3, 5, 12).to(device), torch.randn(1, 1, 5, 12).to(device)
     torch.testing.assert_close(program.module()(image, region), model(image, region))
+
+
 class Warp(nn.Module):
     def forward(self, x, labels, affine, displacement):
         return joint_warp(x, labels, affine, displacement, size=(6, 7), gain=2.0)

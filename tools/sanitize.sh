@@ -41,7 +41,6 @@ operators=(
   tests/roi/test_paste_masks.py
   tests/roi/test_nms.py
   tests/upsample
-  tests/warp/test_warp_to_view.py
   tests/warp
 )
 

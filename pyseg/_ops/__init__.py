@@ -4,8 +4,8 @@ from pyseg._ops import activation_vjp as activation_vjp
 from pyseg._ops import atrous_conv2d as atrous_conv2d
 from pyseg._ops import confusion_matrix as confusion_matrix
 from pyseg._ops import distance_transform as distance_transform
-from pyseg._ops import fuse_query as fuse_query
 from pyseg._ops import expectation_labels as expectation_labels
+from pyseg._ops import fuse_query as fuse_query
 from pyseg._ops import gaussian_filter as gaussian_filter
 from pyseg._ops import hausdorff_dt as hausdorff_dt
 from pyseg._ops import joint_warp as joint_warp
@@ -22,5 +22,5 @@ from pyseg._ops import segmentation_statistics as segmentation_statistics
 from pyseg._ops import sparse_pairwise as sparse_pairwise
 from pyseg._ops import upsample as upsample
 from pyseg._ops import upsample_concat_depthwise as upsample_concat_depthwise
-from pyseg._ops import warp_to_view as warp_to_view
 from pyseg._ops import valve_conv2d as valve_conv2d
+from pyseg._ops import warp_to_view as warp_to_view

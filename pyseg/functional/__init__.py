@@ -9,10 +9,10 @@ from pyseg.functional.dense_crf import dense_crf_energy as dense_crf_energy
 from pyseg.functional.dense_crf import dense_crf_kernels as dense_crf_kernels
 from pyseg.functional.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.functional.distance_transform import distance_transform as distance_transform
+from pyseg.functional.expectation_labels import expectation_labels as expectation_labels
 from pyseg.functional.fuse_query import fuse_query as fuse_query
 from pyseg.functional.fuse_views import fuse_views as fuse_views
 from pyseg.functional.fuse_views import warp_and_fuse as warp_and_fuse
-from pyseg.functional.expectation_labels import expectation_labels as expectation_labels
 from pyseg.functional.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.functional.joint_warp import elastic_deform as elastic_deform
 from pyseg.functional.joint_warp import joint_warp as joint_warp
@@ -49,9 +49,9 @@ from pyseg.functional.surface_distance import average_surface_distance as averag
 from pyseg.functional.surface_distance import hausdorff_distance as hausdorff_distance
 from pyseg.functional.surface_distance import surface_dice as surface_dice
 from pyseg.functional.upsample_concat_depthwise import upsample_concat_depthwise as upsample_concat_depthwise
-from pyseg.functional.warp_to_view import warp_to_view as warp_to_view
 from pyseg.functional.valve_conv2d import region_gate as region_gate
 from pyseg.functional.valve_conv2d import valve_conv2d as valve_conv2d
+from pyseg.functional.warp_to_view import warp_to_view as warp_to_view
 
 __all__ = [
     "FeatureKernel",

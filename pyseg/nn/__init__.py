@@ -33,7 +33,6 @@ __all__ = [
     "SegmentationMetrics",
     "ValveConv2d",
     "JointAugmentation",
-    "SegmentationMetrics",
     "WarpParameters",
     *_losses,
 ]

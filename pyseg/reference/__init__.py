@@ -7,8 +7,8 @@ from pyseg.reference.dense_crf import dense_crf_energy as dense_crf_energy
 from pyseg.reference.dense_crf import pairwise_matrix as pairwise_matrix
 from pyseg.reference.distance_transform import distance_to_two_nearest_objects as distance_to_two_nearest_objects
 from pyseg.reference.distance_transform import distance_transform as distance_transform
-from pyseg.reference.fuse_query import fuse_query as fuse_query
 from pyseg.reference.expectation_labels import expectation_labels as expectation_labels
+from pyseg.reference.fuse_query import fuse_query as fuse_query
 from pyseg.reference.gaussian_filter import gaussian_filter as gaussian_filter
 from pyseg.reference.joint_warp import displacement_field as displacement_field
 from pyseg.reference.joint_warp import joint_warp as joint_warp
@@ -33,10 +33,10 @@ from pyseg.reference.surface_distance import surface_dice as surface_dice
 from pyseg.reference.upsample import bilinear_upsample as bilinear_upsample
 from pyseg.reference.upsample import upsample_concat as upsample_concat
 from pyseg.reference.upsample import upsample_concat_depthwise as upsample_concat_depthwise
-from pyseg.reference.warp_to_view import fuse_views as fuse_views
-from pyseg.reference.warp_to_view import warp_to_view as warp_to_view
 from pyseg.reference.valve_conv2d import region_gate as region_gate
 from pyseg.reference.valve_conv2d import valve_conv2d as valve_conv2d
+from pyseg.reference.warp_to_view import fuse_views as fuse_views
+from pyseg.reference.warp_to_view import warp_to_view as warp_to_view
 
 __all__ = [
     "JPU",
@@ -49,13 +49,13 @@ __all__ = [
     "displacement_field",
     "distance_to_two_nearest_objects",
     "distance_transform",
+    "expectation_labels",
     "fuse_query",
     "fuse_views",
-    "expectation_labels",
     "gaussian_filter",
     "hausdorff_distance",
-    "link_matrix",
     "joint_warp",
+    "link_matrix",
     "lovasz_statistics",
     "multi_view_crf",
     "multiscale_roi_align",
@@ -65,15 +65,15 @@ __all__ = [
     "permutohedral_filter",
     "permutohedral_simplices",
     "pixel_cross_entropy",
-    "region_gate",
     "point_supervision_loss",
+    "region_gate",
     "roi_align",
     "segmentation_statistics",
     "sparse_pairwise",
     "surface_dice",
     "upsample_concat",
     "upsample_concat_depthwise",
-    "warp_to_view",
     "valve_conv2d",
     "warp_places",
+    "warp_to_view",
 ]
