@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from segmentation_cases import DTYPES, generator, in_layout
 
-from cpu_targets import run_on_cpu_target
+from cpu_targets import OTHER_TARGETS, run_on_cpu_target
 from cuda_budget import cuda_budget
 from drawn import drawn_settings
-from pyseg import build_info, reference
+from pyseg import reference
 from pyseg.functional import expectation_labels
 
 FIXED = {"background_bias": 1.0, "foreground_bias": 2.0}
@@ -341,11 +341,9 @@ def test_second_device(device):
 # ---- other instruction sets ----
 
 
-@pytest.mark.parametrize("target", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("target", OTHER_TARGETS)
 def test_cpu_targets(target):
-    """In a process of their own."""
-    if target == build_info().cpu_capability:
-        return  # the rest of this file
+    """The other instruction sets, in processes of their own."""
     run_on_cpu_target(target, "import test_expectation_labels as t; t.run_all_on_cpu()", Path(__file__).parent)
 
 

@@ -1,16 +1,13 @@
 """pyseg.nn.JointAugmentation, and its example as a user runs it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import pyseg
 from pyseg import reference
 from pyseg.nn import JointAugmentation
+from warm_python import run_example
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,12 +97,10 @@ def test_errors(options, message):
 
 def test_example(tmp_path):
     pytest.importorskip("skimage")
-    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
     path = tmp_path / "augmented.png"
-    command = [sys.executable, str(ROOT / "examples" / "augment_cells.py"), "--count", "1", "--threads", "1"]
-    done = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, timeout=300, env=environment)
+    done = run_example("augment_cells.py", "--count", 1, "--threads", 1, "-o", path)
     assert done.returncode == 0, done.stderr
     assert "labels agree in" in done.stdout
     assert path.read_bytes()[:4] == b"\x89PNG"
-    wrong = subprocess.run([*command, "-o", "x.jpg"], capture_output=True, text=True, timeout=300, env=environment)
+    wrong = run_example("augment_cells.py", "-o", "x.jpg")
     assert (wrong.returncode, wrong.stderr) == (2, "augment_cells: -o must end in .png, got x.jpg\n")

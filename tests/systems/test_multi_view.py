@@ -1,15 +1,12 @@
 """Multi-view segmentation: projections and labels by hand, the field against dense matrices, and the example."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import pyseg
 from pyseg import reference
 from pyseg.functional import dense_crf, sparse_pairwise, track_links
 from pyseg.models import (
@@ -20,6 +17,7 @@ from pyseg.models import (
     observe_points,
     project_points,
 )
+from warm_python import run_example
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,10 +104,8 @@ def test_example(tmp_path):
     """A small street: the program runs through, links help, and its status says what was reached."""
     image = pytest.importorskip("PIL.Image")
     out = tmp_path / "street.png"
-    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
-    command = [sys.executable, str(ROOT / "examples" / "multi_view_street.py"), "--height", "48", "--views", "3"]
-    command += ["--points", "3000", "--steps", "4", "--threads", "1", "--least", "0.999", "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    arguments = ["--height", 48, "--views", 3, "--points", 3000, "--steps", 4, "--threads", 1, "--least", 0.999]
+    done = run_example("multi_view_street.py", *arguments, "-o", out)
     assert done.returncode == 1, done.stderr
     totals = dict(re.findall(r"^(\w+(?: \w+)?)  .* all \d\.\d+ (\d\.\d+)$", done.stdout, re.MULTILINE))
     assert set(totals) == {"classifier", "single views", "linked views"}

@@ -1,22 +1,14 @@
 """The example of point supervision, as a user runs it: a few steps."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from warm_python import run_example
+
 Image = pytest.importorskip("PIL.Image")
-SCRIPT = Path(__file__).parents[2] / "examples" / "point_supervision.py"
 
 
 def run(*arguments):
-    import pyseg
-
-    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    return run_example("point_supervision.py", *arguments)
 
 
 def test_few_steps_do_not_reach_the_threshold(tmp_path):

@@ -1,19 +1,15 @@
 """Multi-view RGB-D: fusion, pooled labels, the loss at all scales, FuseNet, and the example."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import pyseg
 from pyseg import reference
 from pyseg.functional import fuse_views, multiscale_cross_entropy, pool_labels, warp_and_fuse, warp_to_view
 from pyseg.models import FuseNet
+from warm_python import run_example
 
 DOUBLE = torch.float64
 MODES = ["bayes", "sum", "max"]
@@ -189,18 +185,15 @@ def test_fusenet():
         FuseNet(5, (4, 6), (1,))
 
 
-def run_example(*arguments):
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
-    command = [sys.executable, str(root / "examples" / "rgbd_views.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+def run(*arguments):
+    return run_example("rgbd_views.py", *arguments)
 
 
 def test_example(tmp_path):
     """A few steps write a picture; a threshold that they cannot reach fails the run."""
     pytest.importorskip("PIL")
     picture = tmp_path / "views.png"
-    done = run_example("--steps", 2, "--rooms", 1, "--views", 2, "--threads", 1, "--least", 0.9, "-o", picture)
+    done = run("--steps", 2, "--rooms", 1, "--views", 2, "--threads", 1, "--least", 0.9, "-o", picture)
     assert done.returncode == 1, done.stderr
     assert "Bayesian fusion must gain 0.9 over one view" in done.stderr
     assert "max fusion" in done.stdout
@@ -208,6 +201,6 @@ def test_example(tmp_path):
 
 
 def test_example_errors():
-    done = run_example("--steps", 0)
+    done = run("--steps", 0)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("rgbd_views: --steps, --views, --rooms and --threads must be")

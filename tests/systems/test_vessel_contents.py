@@ -1,15 +1,12 @@
 """Hierarchical segmentation: the networks, and its example as a user runs it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import pyseg
 from pyseg.models import HierarchicalSegmenter, RegionUNet
+from warm_python import run_example
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vessel_contents.py"
 
@@ -68,9 +65,7 @@ def test_arguments():
 
 
 def run(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
-    command = [sys.executable, str(EXAMPLE), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    return run_example("vessel_contents.py", *arguments)
 
 
 def test_example(tmp_path):

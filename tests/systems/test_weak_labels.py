@@ -1,8 +1,6 @@
 """DeepLab-EM: training steps, masks of boxes, and the example as a user runs it."""
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import pyseg
 from pyseg import reference
 from pyseg.models import EMAdapt, EMFixed, box_crf_labels, box_labels, em_step, image_labels
+from warm_python import run_example
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -128,9 +126,7 @@ def test_boxes_with_crf():
 def test_example(tmp_path):
     """Two steps reach no mark: the program says so and how far it came."""
     out = tmp_path / "weak.png"
-    environment = {**os.environ, "PYTHONPATH": str(Path(pyseg.__file__).parent.parent)}
-    command = [sys.executable, str(EXAMPLES / "weak_labels.py"), "--steps", "2", "--threads", "1", "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = run_example("weak_labels.py", "--steps", 2, "--threads", 1, "-o", out)
     assert done.returncode == 1, done.stderr
     assert "boxes, dense CRF" in done.stdout
     assert "EM-Adapt 0." in done.stdout.splitlines()[-1]
