@@ -44,15 +44,23 @@ operators=(
   tests/warp
 )
 
+# Both at once: neither keeps two processors busy.
+gcc -O1 -shared -fPIC tools/tsan_gomp.c -o build/thread/tsan_gomp.so
+# Threads: each path, dense and depthwise, forward and backward, in each layout and dtype.
+LD_PRELOAD="$(library libtsan.so) $PWD/build/thread/tsan_gomp.so" \
+  TSAN_OPTIONS=halt_on_error=1 \
+  tests thread "${operators[@]}" -k "(devices or dtypes or layouts or threads) and not ($slow)" \
+  >build/thread/output.txt 2>&1 &
+thread=$!
+
 echo "sanitize: address, undefined"
+status=0
 # libstdc++ is preloaded too, or the sanitizer does not find the function that throws exceptions.
 LD_PRELOAD="$(library libasan.so) $(library libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  tests address "${operators[@]}" -k "not ($slow)"
+  tests address "${operators[@]}" -k "not ($slow)" || status=$?
 
-# Threads: each path, dense and depthwise, forward and backward, in each layout and dtype.
 echo "sanitize: thread"
-gcc -O1 -shared -fPIC tools/tsan_gomp.c -o build/thread/tsan_gomp.so
-LD_PRELOAD="$(library libtsan.so) $PWD/build/thread/tsan_gomp.so" \
-  TSAN_OPTIONS=halt_on_error=1 \
-  tests thread "${operators[@]}" -k "(devices or dtypes or layouts or threads) and not ($slow)"
+wait "$thread" || status=$?
+cat build/thread/output.txt
+exit "$status"

@@ -20,7 +20,13 @@ from pyseg.functional import losses as functions
 MODULES = [name for name in nn.losses.__all__ if name != "SegmentationLoss"]
 BINARY = {"WeightedBCELoss", "BalancedCrossEntropyLoss", "LovaszHingeLoss"}
 OF_A_CALL = {"input", "target", "pixel_weight", "image_labels", "point_weight", "objectness"}
-OTHERS = {P.sigmoid_focal_loss, P.unet_border_weights, P.points_to_labels}
+OTHERS = {
+    P.multiscale_cross_entropy,
+    P.points_to_labels,
+    P.pool_labels,
+    P.sigmoid_focal_loss,
+    P.unet_border_weights,
+}
 COMPILED = ["CrossEntropyLoss", "TopKCrossEntropyLoss", "MCCLoss", "LovaszSoftmaxLoss", "DiceCELoss"]
 
 
