@@ -1,8 +1,10 @@
 # Every target sets up what it needs: it takes python3.11 or later (with venv), g++ and make, and nvcc for the CUDA
-# kernels where it is found. `make PYTHON=python3.12`, `make CUDA=OFF` override what is found.
+# kernels where it is found. `make PYTHON=python3.12`, `make CUDA=OFF` override what is found, `make test JOBS=1` runs
+# the tests one after the other.
 
 PYTHON ?= python3
 CUDA ?= $(if $(shell command -v nvcc),ON,OFF)
+JOBS ?= $(shell nproc)
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -57,7 +59,7 @@ demo: dev
 	@$(BIN)/python examples/segment_photo.py $(ARGS)
 
 test: dev $(PEER)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 bench: dev $(PEER)
 	@$(BIN)/python benchmarks/run.py $(ARGS)

@@ -47,6 +47,8 @@ function(pyseg_add_cuda_module name)
   pyseg_add_module(${name} ${ARGN})
   pyseg_torch_library(_torch_cuda torch_cuda)
   target_link_libraries(${name} PRIVATE ${_torch_cuda})
+  # Checks and launches without a kernel of their own are C++: nvcc would parse torch's headers once an architecture.
+  target_include_directories(${name} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
   list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
   target_compile_definitions(${name} PRIVATE
     USE_CUDA

@@ -7,7 +7,8 @@ The images are drawn here: one to four circles, squares and triangles of random 
 over those before. The network is torchvision's MaskRCNN over a small residual network with a feature pyramid;
 `pyseg.accelerate` changes its convolutions, pooling, suppression, mask targets and mask pasting, for training and then
 for inference, and says what that brought. Prints the average precision (pycocotools) on images that were not trained
-on, writes a picture of some of them, and fails where AP50 of boxes or masks stays below --least.
+on, writes a picture of some of them, and fails where the loss has not halved or AP50 of boxes or masks stays below
+--least.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import io
 import itertools
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ SIDE, BATCH = 128, 8  # pixels, images
 CLASSES = ("background", "circle", "square", "triangle")
 SHOWN = 6  # images
 LEAST_SCORE = 0.5  # of what is drawn
+MOST_LOSS, AVERAGED = 0.5, 10  # of what it was at first; means of that many steps at each end
 HELD_OUT = 0  # their series; training images are of those after it
 
 
@@ -70,9 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     network = mask_rcnn()
     accelerate(network.train(), next(batches(HELD_OUT)), "one training step")
-    train(network, arguments.steps, HELD_OUT + 1 + arguments.seed)
+    first, last = train(network, arguments.steps, HELD_OUT + 1 + arguments.seed)
     taken = time.perf_counter() - started
     print(f"trained in {taken:.0f} s, {arguments.steps} steps of {BATCH} images of {SIDE}x{SIDE}")
+    print(f"loss {first:.2f} at first, {last:.2f} at last")
 
     images, targets = next(batches(HELD_OUT, arguments.held_out))
     pyseg.restore(network).eval()
@@ -86,10 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
         reached.append(precision50)
     picture(arguments.output, images, detections)
     print(f"wrote {arguments.output}; done in {time.perf_counter() - started:.0f} s")
+    failed = False
+    if last > MOST_LOSS * first:
+        print(f"mask_rcnn_shapes: the loss must at least halve, from {first:.2f}, got {last:.2f}", file=sys.stderr)
+        failed = True
     if min(reached) < arguments.least:
         print(f"mask_rcnn_shapes: AP50 must be at least {arguments.least}, got {min(reached):.3f}", file=sys.stderr)
-        return 1
-    return 0
+        failed = True
+    return int(failed)
 
 
 # ---- data ----
@@ -214,13 +222,15 @@ def accelerate(network, example: tuple, what: str) -> None:
         print(note)
 
 
-def train(network, steps: int, series: int) -> None:
+def train(network, steps: int, series: int) -> tuple[float, float]:
+    """The loss in the first and in the last steps."""
     import torch
 
     rate = 2e-3
     optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     start, mean = time.perf_counter(), 0.0
+    seen: list[float] = []
     for step, (images, targets) in zip(range(1, steps + 1), batches(series), strict=False):
         losses = network(images, targets)
         loss = sum(losses.values())
@@ -229,11 +239,13 @@ def train(network, steps: int, series: int) -> None:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimizer.step()
         schedule.step()
-        mean += (loss.item() - mean) / min(step, 20)
+        seen.append(loss.item())
+        mean += (seen[-1] - mean) / min(step, 20)
         left = (time.perf_counter() - start) / step * (steps - step)
         done = 40 * step // steps
         say(f"[{'#' * done}{'.' * (40 - done)}] {step}/{steps}  loss {mean:.3f}, {left:.0f} s left")
     say("")
+    return statistics.fmean(seen[:AVERAGED]), statistics.fmean(seen[-AVERAGED:])
 
 
 def say(line: str) -> None:

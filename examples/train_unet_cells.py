@@ -2,6 +2,7 @@
 
     python examples/train_unet_cells.py                    # about two minutes on two cores
     python examples/train_unet_cells.py --steps 400 -o nuclei.png
+    python examples/train_unet_cells.py --augment        # U-Net's elastic deformations too
 
 The image is scikit-image's `immunohistochemistry`, which comes with the library. It has no labels of its own: they are
 made here by a classical method (stain separation, Otsu's threshold, watershed), so the network learns to do what that
@@ -23,6 +24,7 @@ from pathlib import Path
 CROP, BATCH = 128, 4
 SPLIT = 0.75  # of the width, for training
 HAUSDORFF_SHARE = 0.25  # of the steps, the last ones
+BORDER = {"w0": 5.0, "sigma": 4.0}
 
 
 class UserError(Exception):
@@ -43,6 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("nuclei.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--steps", type=int, default=240, help="of training, default %(default)s")
+    parser.add_argument(
+        "--augment", action="store_true", help="deform, turn and scale crops (U-Net, section 3.1), not only mirror them"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all, here %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     return parser.parse_args()
@@ -70,10 +75,12 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{instances.max()} nuclei by stain separation, Otsu's threshold and watershed; {width} columns to train on")
     network = unet(3, 2)
     before = evaluate(network, image[..., width:], instances[:, width:])
-    losses = train(network, image[..., :width], instances[:, :width], arguments.steps)
+    losses = train(network, image[..., :width], instances[:, :width], arguments.steps, arguments.augment)
     say("")
     after = evaluate(network, image[..., width:], instances[:, width:])
 
+    if arguments.augment:
+        print("trained on augmented crops: compare the last row with a run without --augment")
     print(f"\n{'right quarter':24}{'IoU':>8}{'HD95':>10}")
     for name, (iou, distance, _) in (("before training", before), ("after training", after)):
         print(f"{name:24}{iou:8.3f}{distance:7.1f} px" + (", nothing found" if distance == float("inf") else ""))
@@ -129,6 +136,21 @@ def crops(image, maps: list) -> Iterator[tuple]:
         yield tuple(torch.stack(column) for column in zip(*batch, strict=True))
 
 
+def augmented_crops(image, instances) -> Iterator[tuple]:
+    """Batches of random crops, each warped in one pass with its nuclei; border weights of the warped nuclei."""
+    import torch
+
+    from pyseg.functional import unet_border_weights
+    from pyseg.nn import JointAugmentation
+
+    generator = torch.Generator().manual_seed(int(torch.randint(1 << 31, ())))
+    augment = JointAugmentation(CROP, sigma=5.0, rotation=180.0, brightness=0.05, contrast=0.1, generator=generator)
+    images, labels = image.expand(BATCH, -1, -1, -1), instances.expand(BATCH, -1, -1)
+    while True:
+        x, objects = augment(images, labels)
+        yield x, objects, unet_border_weights(objects, **BORDER)
+
+
 # ---- network ----
 
 
@@ -167,21 +189,22 @@ def unet(channels_in: int, classes: int, width: int = 12):
     return UNet()
 
 
-def train(network, image, instances, steps: int) -> list[float]:
+def train(network, image, instances, steps: int, augment: bool = False) -> list[float]:
     """The loss of every step."""
     import torch
 
     from pyseg.functional import unet_border_weights
     from pyseg.nn import CrossEntropyLoss, DiceLoss, HausdorffDTLoss
 
-    border = unet_border_weights(instances, w0=5.0, sigma=4.0)
+    border = unet_border_weights(instances, **BORDER)
+    batches = augmented_crops(image, instances) if augment else crops(image, [instances, border])
     entropy, dice, hausdorff = CrossEntropyLoss(), DiceLoss(), HausdorffDTLoss(include_background=False)
     optimiser = torch.optim.Adam(network.parameters(), 4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
     network.train()
     losses = []
     last = int(steps * (1 - HAUSDORFF_SHARE))
-    for step, (x, objects, weights) in zip(range(steps), crops(image, [instances, border]), strict=False):
+    for step, (x, objects, weights) in zip(range(steps), batches, strict=False):
         target = (objects > 0).long()
         logits = network(x)
         overlap = dice(logits, target)

@@ -2,7 +2,8 @@
 
 Without a GPU the `cuda` items go to a child process that has libfakegpu.so preloaded (fakegpu_worker.py); the
 reports that come back are replayed here, so that -x, -k, --durations, --lf and the summary work as always. One child
-runs at a time, for one compute capability, started when its first item is due.
+runs at a time, for one compute capability, started when its first item is due. With pytest-xdist (`make test`) each
+worker has a child of its own.
 """
 
 import fnmatch
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from _pytest.runner import runtestprotocol
 
 import devices
@@ -45,6 +47,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if worker := getattr(config, "workerinput", None):  # of pytest-xdist: the workers share the processors
+        threads = max(1, len(os.sched_getaffinity(0)) // worker["workercount"])
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of child processes
+        torch.set_num_threads(threads)
     for line in (
         "cuda: the test uses a CUDA device (set by the parameter `device`)",
         "cuda_only: the parameter `device` is never cpu",
@@ -168,8 +174,15 @@ class FakeGpuRunner:
             self.trouble += self.worker.stop()
         self.worker = None
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node, error):
+        """pytest-xdist: what went wrong in one of its workers."""
+        self.trouble += getattr(node, "workeroutput", {}).get("fakegpu", [])
+
     def pytest_sessionfinish(self, session):
         self.stop_worker()
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["fakegpu"] = self.trouble
         if self.trouble and session.exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

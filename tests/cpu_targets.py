@@ -1,21 +1,20 @@
 """Programs that need another instruction set than this process has chosen."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import pyseg
+from warm_python import run_code
+
+TARGETS = ("baseline", "avx2", "avx512")
+OTHER_TARGETS = [target for target in TARGETS if target != pyseg.build_info().cpu_capability]  # the tests run that one
 
 
 def run_on_cpu_target(capability: str, script: str, folder: Path) -> None:
     """Runs `script`, which may import what the tests of `folder` can; skips where the machine lacks the target."""
-    folders = [str(folder), str(Path(__file__).parent), str(Path(pyseg.__file__).parents[1])]
-    path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
-    environment = dict(os.environ, PYSEG_CPU_CAPABILITY=capability, PYTHONPATH=path)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    chosen = f"import pyseg._loader\nassert pyseg._loader._C.cpu_capability() == {capability!r}\n"
+    result = run_code(chosen + script, folder, capability)
     if "the best that this machine has" in result.stderr:
         pytest.skip(f"cpu target: this machine cannot run {capability}")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -26,6 +26,7 @@ cuda_budget.py asserts what a kernel did, so that a slow path cannot pass for a 
 """
 
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import json
@@ -97,7 +98,9 @@ def cuda_mode() -> tuple[str, str]:
 def build_fakegpu() -> None:
     """Builds libfakegpu.so where it is missing or older than its sources."""
     command = ["make", "-C", str(FAKEGPU_FOLDER), f"-j{os.cpu_count()}", f"PYTHON={sys.executable}"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    with (FAKEGPU_FOLDER / "Makefile").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of pytest-xdist's workers builds, the others wait
+        result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}{result.stderr[-4000:]}")
 

@@ -15,12 +15,19 @@ from pyseg.functional import (
     dense_crf,
     distance_to_two_nearest_objects,
     distance_transform,
+    expectation_labels,
+    fuse_query,
     gaussian_filter,
     iou,
+    joint_warp,
     permutohedral_filter,
     permutohedral_lattice,
+    pixel_links,
+    sparse_pairwise,
     upsample_concat,
     upsample_concat_depthwise,
+    valve_conv2d,
+    warp_to_view,
 )
 
 BACKENDS = ["aot_eager", "inductor"]
@@ -322,6 +329,26 @@ def test_metric_module():
     assert torch.equal(metric.compute(), total)
 
 
+def test_expectation_labels(device):
+    """Labels and biases, for sizes that change without recompiling."""
+
+    def function(x, present):
+        labels, bias = expectation_labels(
+            x * 2, present, background_share=0.4, foreground_share=0.2, sweeps=3, return_bias=True
+        )
+        return labels + 1, bias * 2
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = compiled(function, counter)
+    frames = []
+    for x in images(device, (2, 7, 9), (3, 8, 6), (4, 11, 7)):
+        present = x[:, :, 0, 0] > -0.5
+        for eager, other in zip(function(x, present), fast(x, present), strict=True):
+            torch.testing.assert_close(eager, other)
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1  # the first call hands two graphs to the backend, later ones none
+
+
 # ---- roi_align ----
 
 
@@ -454,6 +481,30 @@ def test_dense_crf(device, backend, requires_grad):
     assert frames[0] == frames[-1]
 
 
+def test_sparse_pairwise(device):
+    """Values and weights with their gradients; sizes and numbers of links that change without recompiling."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def summed(x, links, weights):
+        return sparse_pairwise(x.sin(), links._replace(weights=weights)) * 2
+
+    fast = compiled(summed, counter)
+    frames = []
+    for x in images(device, (2, 7, 9), (3, 8, 6), (4, 9, 7), requires_grad=True):
+        pixels = x[:, 0].numel()
+        starts, columns = torch.arange(pixels + 1), torch.arange(pixels).flip(0)
+        links = type(pixel_links(starts, columns))(*[t.to(device) for t in pixel_links(starts, columns)])
+        weights = torch.randn(pixels).to(device).requires_grad_()
+        results = []
+        for f in (summed, fast):
+            y = f(x, links, weights)
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, weights))])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
+        frames.append(counter.frame_count)
+    assert frames[1] == frames[-1]
+
+
 def test_crf_module_trains():
     module = pyseg.nn.CRFasRNN(5, iterations=1)
     fast = compiled(module, "aot_eager")
@@ -462,6 +513,37 @@ def test_crf_module_trains():
     want = torch.autograd.grad(module(x, x[:, :3]).square().sum(), list(module.parameters()))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+# ---- fuse_query ----
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"), [("aot_eager", torch.contiguous_format), ("inductor", torch.channels_last)], ids=str
+)
+def test_fuse_query(device, backend, layout):
+    """One graph for all sizes; its backward is the operator's own."""
+    available(device, backend)
+    torch.manual_seed(1)
+    weight, bias = torch.randn(6, 5 + 3 + 8, 1, 1).to(device), torch.randn(6).to(device)
+
+    def function(x, q, weight, bias):
+        return fuse_query(x.sin(), q, weight, bias, normalize=True, relu=True).cos()
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = compiled(function, counter)
+    for n, h, w in ((2, 7, 9), (3, 8, 6)):
+        (x,) = images(device, (n, h, w))
+        arguments = (x.contiguous(memory_format=layout), torch.randn(n, 3).to(device), weight, bias)
+        leaves = [t.detach().requires_grad_() for t in arguments]
+        results = []
+        for f in (function, fast):
+            y = f(*leaves)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
+            assert eager.stride() == other.stride()
+    assert counter.frame_count == 1
 
 
 # ---- upsample ----
@@ -519,3 +601,72 @@ def test_upsample_concat_depthwise(device, backend, layout):
             torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-2)
             assert eager.stride() == other.stride()
     assert counter.frame_count == 1
+
+
+def test_warp_to_view(device):
+    """Forward and backward, sizes that change."""
+
+    def function(x, depth, k, pose):
+        y, valid = warp_to_view(x.sin(), depth, k, k, pose)
+        return y.cos() * valid.unsqueeze(1)
+
+    fast = compiled(function, "aot_eager")
+    for n, h, w in ((2, 7, 9), (3, 8, 6)):
+        (x,) = images(device, (n, h, w), requires_grad=True)
+        depth, k = torch.full((n, h, w), 2.0).to(device), torch.eye(3).repeat(n, 1, 1).to(device)
+        pose = torch.eye(4).repeat(n, 1, 1)
+        pose[:, 0, 3] = 0.7
+        results = []
+        for f in (function, fast):
+            y = f(x, depth, k, pose.to(device))
+            results.append([y, *torch.autograd.grad(y.square().sum(), x)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other)
+            assert eager.stride() == other.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_valve_conv2d(device, backend):
+    """The fused operator and the gate behind a convolution, forward and backward, on maps that change their size."""
+    available(device, backend)
+    torch.manual_seed(1)
+    weights = [torch.randn(4, channels, 3, 3).to(device).requires_grad_() for channels in (3, 33, 1)]
+
+    def function(image, features, region):
+        few = valve_conv2d(image, region, weights[0], weights[2], padding=1, relu=True)
+        return few + valve_conv2d(features, region, weights[1], weights[2], padding=1)
+
+    fast = compiled(function, backend)
+    for n, h, w in ((2, 7, 9), (3, 8, 6)):
+        arguments = [torch.randn(n, channels, h, w).to(device) for channels in (3, 33, 1)]
+        results = []
+        for f in (function, fast):
+            y = f(*arguments)
+            results.append([y, *torch.autograd.grad(y.square().sum(), weights)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-3, atol=1e-3)
+
+
+def test_joint_warp(device):
+    """Image, soft and hard labels, forward and backward, sizes that change without recompiling."""
+
+    def function(x, soft, labels, affine, displacement):
+        y, warped = joint_warp(x.sin(), soft, affine, displacement, gain=1.5, border="constant")
+        return y.cos(), warped, joint_warp(x, labels, affine, displacement, ignore_index=-1)[1]
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = compiled(function, counter)
+    frames = []
+    for n, h, w in ((6, 7, 9), (7, 8, 12), (8, 11, 10)):  # sizes that are equal at first count as one
+        (x,) = images(device, (n, h, w), requires_grad=True)
+        soft, labels = torch.rand(n, 4, h, w), torch.randint(5, (n, h, w))
+        others = [t.to(device) for t in (soft, labels, torch.randn(n, 2, 3), torch.randn(n, 2, 3, 3))]
+        results = []
+        for f in (function, fast):
+            outputs = f(x, *others)
+            results.append([*outputs, *torch.autograd.grad(outputs[0].square().sum(), x)])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-4)
+            assert eager.stride() == other.stride()
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 3

@@ -9,14 +9,21 @@ from torch.export import Dim
 
 import pyseg
 from pyseg.functional import (
+    LinkKernel,
+    PixelLinks,
     atrous_conv2d,
     bilinear_upsample,
     confusion_matrix,
+    correspondence_links,
+    dense_crf,
     dice,
     distance_to_two_nearest_objects,
     distance_transform,
+    expectation_labels,
+    joint_warp,
     upsample_concat,
     upsample_concat_depthwise,
+    warp_and_fuse,
 )
 
 
@@ -172,6 +179,28 @@ def test_confusion_matrix(device, strict):
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), equal_nan=True)
 
 
+class Estimated(nn.Module):
+    def forward(self, x, present):
+        return expectation_labels(x, present, background_share=0.4, foreground_share=0.2, sweeps=3)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_expectation_labels(device, strict):
+    model = Estimated()
+
+    def example(n, h, w):
+        x = torch.randn(n, 4, h, w).to(device)
+        return x, x[:, :, 0, 0] > -0.5
+
+    n = Dim("n")
+    shapes = {"x": {0: n, 2: Dim("h", min=2, max=4096), 3: Dim("w", min=2, max=4096)}, "present": {0: n}}
+    program = torch.export.export(model, example(2, 9, 8), dynamic_shapes=shapes, strict=strict)
+    module = saved_and_loaded(program).module()
+    for size in ((2, 9, 8), (1, 5, 12), (4, 7, 4)):
+        arguments = example(*size)
+        assert torch.equal(module(*arguments), model(*arguments))
+
+
 class Pooled(nn.Module):
     def forward(self, x, boxes):
         half = nn.functional.avg_pool2d(x, 2)
@@ -225,6 +254,45 @@ def test_dense_crf(device, strict, accuracy):
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_fuse_query(device, strict):
+    model = pyseg.nn.FuseQuery(5, 3, 6, normalize=True, relu=True).to(device)
+
+    def example(n, h, w):
+        return torch.randn(n, 5, h, w).to(device), torch.randn(n, 3).to(device)
+
+    n, h, w = Dim("n"), Dim("h", min=2, max=4096), Dim("w", min=2, max=4096)
+    shapes = {"input": {0: n, 2: h, 3: w}, "query": {0: n}}
+    program = saved_and_loaded(torch.export.export(model, example(2, 9, 8), dynamic_shapes=shapes, strict=strict))
+    assert torch.ops.pyseg.fuse_query.default in [node.target for node in program.graph.nodes]
+    for size in ((2, 9, 8), (1, 5, 12)):
+        arguments = example(*size)
+        torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
+
+
+class Linked(nn.Module):
+    """Mean field over views whose links are buffers."""
+
+    def __init__(self, device):
+        super().__init__()
+        first, second = torch.tensor([[0, 1, 1], [0, 2, 3]]), torch.tensor([[1, 0, 1], [1, 2, 2]])
+        links = correspondence_links(first, second, (2, 3, 4))
+        for name, tensor in links._asdict().items():
+            self.register_buffer(name, tensor.to(device))
+
+    def forward(self, unary):
+        links = PixelLinks(*[getattr(self, name) for name in PixelLinks._fields])
+        return dense_crf(unary, kernels=[LinkKernel(links)], iterations=2)
+
+
+def test_linked_views(device):
+    model = Linked(device)
+    unary = torch.randn(2, 3, 3, 4).to(device)
+    with torch.no_grad():
+        program = saved_and_loaded(torch.export.export(model, (unary,)))
+    torch.testing.assert_close(program.module()(unary), model(unary))
+
+
 class Pyramid(nn.Module):
     def __init__(self):
         super().__init__()
@@ -252,3 +320,57 @@ def test_upsample(device, strict):
     for size in ((2, 9, 8), (1, 5, 12), (4, 17, 4)):
         arguments = example(*size)
         torch.testing.assert_close(program.module()(*arguments), model(*arguments), rtol=1e-4, atol=1e-4)
+
+
+class Fusion(nn.Module):
+    def forward(self, scores, depth, k, pose):
+        return warp_and_fuse(scores, depth, k[:1], k, pose)
+
+
+def test_warp_and_fuse(device):
+    model = Fusion()
+
+    def example(n, h, w):
+        pose = torch.eye(4).repeat(n, 1, 1)
+        pose[:, 0, 3] = 0.7
+        tensors = (torch.randn(n, 5, h, w), torch.full((1, h, w), 2.0), torch.eye(3).repeat(n, 1, 1), pose)
+        return tuple(t.to(device) for t in tensors)
+
+    n, h, w = Dim("n", min=2, max=255), Dim("h", min=2, max=4096), Dim("w", min=2, max=4096)
+    shapes = {"scores": {0: n, 2: h, 3: w}, "depth": {1: h, 2: w}, "k": {0: n}, "pose": {0: n}}
+    program = saved_and_loaded(torch.export.export(model, example(3, 9, 8), dynamic_shapes=shapes, strict=True))
+    assert torch.ops.pyseg.warp_to_view.default in [node.target for node in program.graph.nodes]
+    for size in ((3, 9, 8), (2, 5, 12)):
+        arguments = example(*size)
+        torch.testing.assert_close(program.module()(*arguments), model(*arguments))
+
+
+def test_valve_conv2d(device):
+    model = pyseg.nn.ValveConv2d(3, 4, 3, padding=1, relu=True, valve_std=0.5).to(device)
+    image, region = torch.randn(2, 3, 9, 8).to(device), torch.ones(2, 1, 9, 8).to(device)
+    sides = {0: Dim("n"), 2: Dim("h", min=4, max=4096), 3: Dim("w", min=4, max=4096)}
+    exported = torch.export.export(model, (image, region), dynamic_shapes={"input": sides, "region": sides})
+    program = saved_and_loaded(exported)
+    assert [node.target for node in program.graph.nodes].count(torch.ops.pyseg.valve_conv2d.default) == 1
+    image, region = torch.randn(1, 3, 5, 12).to(device), torch.randn(1, 1, 5, 12).to(device)
+    torch.testing.assert_close(program.module()(image, region), model(image, region))
+
+
+class Warp(nn.Module):
+    def forward(self, x, labels, affine, displacement):
+        return joint_warp(x, labels, affine, displacement, size=(6, 7), gain=2.0)
+
+
+def test_joint_warp(device):
+    def example(n, h, w):
+        torch.manual_seed(0)
+        tensors = (torch.rand(n, 3, h, w), torch.randint(5, (n, h, w)), torch.randn(n, 2, 3), torch.randn(n, 2, 3, 3))
+        return tuple(t.to(device) for t in tensors)
+
+    n, h, w = Dim("n"), Dim("h", min=2, max=4096), Dim("w", min=2, max=4096)
+    shapes = {"x": {0: n, 2: h, 3: w}, "labels": {0: n, 1: h, 2: w}, "affine": {0: n}, "displacement": {0: n}}
+    program = saved_and_loaded(torch.export.export(Warp(), example(2, 9, 8), dynamic_shapes=shapes))
+    assert torch.ops.pyseg.joint_warp.default in [node.target for node in program.graph.nodes]
+    for size in ((2, 9, 8), (1, 5, 12)):
+        for got, expected in zip(program.module()(*example(*size)), Warp()(*example(*size)), strict=True):
+            assert torch.equal(got, expected)

@@ -72,17 +72,10 @@ class Backward : Probabilities<A> {
   A *of_p_, *of_pp_, *of_pg_, *of_ppg_, *of_pos_, *of_neg_, *of_nll_;
   A total_of_nll_ = A(0);
 
-  // Row c of the gradient: value(i) of the vector of pixels from i on. `scratch`: where the row is kept until write_all if it
-  // cannot be written in place; may be what value reads at i.
+  // Row c of the gradient (Stage::fill_row).
   template <typename F>
   void write_row(void* to, int64_t c, A* scratch, const F& value) {
-    A* row = stage_.row_of_result(to, in_.logits.type, c, scratch);
-    if (stage_.streams(row, scratch)) {
-      for (int64_t i = 0; i < stage_.padded; i += kLane) stream(row + i, value(i));
-    } else {
-      for (int64_t i = 0; i < stage_.padded; i += kLane) store(row + i, value(i));
-    }
-    stage_.write(row, to, in_.logits.type, c);
+    stage_.write(stage_.fill_row(to, in_.logits.type, c, scratch, value), to, in_.logits.type, c);
   }
 
   // With p_t, h = p_t (of_pg + of_ppg p_t) of the label's class and k = w of_pos q + w sum(of_nll):

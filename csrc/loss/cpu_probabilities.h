@@ -45,12 +45,7 @@ class Probabilities {
 
   template <typename F>
   void each_block(int64_t unit, const F& f) {
-    const int64_t units = units_of_image(in_), image = unit / units;
-    const int64_t first = unit % units * kUnitPixels, last = smaller(first + kUnitPixels, in_.pixels);
-    for (int64_t i = first; i < last; i += stage_.step) {
-      stage_.begin(image, i, smaller(stage_.step, last - i));
-      f();
-    }
+    stage_.each_block(unit, f);
   }
 
   // --- Softmax

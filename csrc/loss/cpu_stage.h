@@ -132,6 +132,17 @@ class Stage {
     if (in.pixel || in.smoothing) load_weights();
   }
 
+  // begin() and f() for the blocks of a unit, which are counted through the images.
+  template <typename F>
+  void each_block(int64_t unit, const F& f) {
+    const int64_t units = units_of_image(in), of = unit / units;
+    const int64_t from = unit % units * kUnitPixels, last = smaller(from + kUnitPixels, in.pixels);
+    for (int64_t i = from; i < last; i += step) {
+      begin(of, i, smaller(step, last - i));
+      f();
+    }
+  }
+
   bool all_count() const { return all_count_; }
   A limit() const { return limit_; }
 
@@ -199,6 +210,12 @@ class Stage {
     return {logits, step};
   }
 
+  // The block's part of a map [images, pixels], in the type that is computed in.
+  void load_plane(const PixelMap& map, A* row) const {
+    load_pixels(map, [&](auto from) { convert_run(from, row, count); });
+    pad(row, A(0));
+  }
+
   // The logarithms of the sums that the forward pass has kept, into `row`; false where there are none that serve.
   bool load_log_sums(A* row) const {
     if (in.log_sum == nullptr) return false;
@@ -256,6 +273,18 @@ class Stage {
   // stores. Results have the memory format of the logits.
   A* row_of_result(void* to, Element type, int64_t c, A* row) const {
     return in_place(type) ? static_cast<A*>(to) + (image * in.classes + c) * in.pixels + first : row;
+  }
+  // Fills class c's row of a result, value(i) of the vector of pixels from i on, and returns it. `scratch`: where the row is
+  // kept until `write` if it cannot be written in place; may be what value reads at i.
+  template <typename F>
+  const A* fill_row(void* to, Element type, int64_t c, A* scratch, const F& value) const {
+    A* row = row_of_result(to, type, c, scratch);
+    if (streams(row, scratch)) {
+      for (int64_t i = 0; i < padded; i += kLane) stream(row + i, value(i));
+    } else {
+      for (int64_t i = 0; i < padded; i += kLane) store(row + i, value(i));
+    }
+    return row;
   }
   // Whether the rows of a result go past the caches: those that are written in place, of results too large for these,
   // where alignment allows. `scratch` is where a row is if it is not in place.
@@ -420,14 +449,24 @@ class Stage {
       load_channels(in.weight, [&](auto from) { split_channels(from, count, in.classes, weights_, step); });
       for (int64_t c = 0; c < in.classes; ++c) pad(weights_ + c * step, A(0));
     } else if (!in.dense_weight) {
-      load_pixels(in.weight, [&](auto from) { convert_run(from, weight, count); });
-      pad(weight, A(0));
+      load_plane(in.weight, weight);
     }
     if (in.dense || all_count_ || in.dense_weight) return;
     const V none = broadcast<A>(limit_);
     for (int64_t i = 0; i < padded; i += kLane) store(weight + i, load(label + i) == none ? V{} : load(weight + i));
   }
 };
+
+// Calls f(kernel, unit) for all units, with a Kernel of `bytes` of workspace for each worker.
+template <typename Kernel, typename Input, typename F>
+void each_unit(const Input& in, int64_t units, int64_t bytes, const SegmentationRun& run, const F& f) {
+  for_each_part(run.workers, units, [&](int64_t worker, int64_t first, int64_t last) {
+    Kernel kernel(in, static_cast<char*>(run.workspace) + worker * bytes);
+    for (int64_t unit = first; unit < last; ++unit) f(kernel, unit);
+    stream_fence();
+    run.errors[worker] = kernel.error();
+  });
+}
 
 }  // namespace
 }  // namespace PYSEG_TARGET

@@ -40,7 +40,7 @@ struct Shared {
   int* label;                    // [P]
 };
 
-inline int shared_elements(const SegmentationArgs& a, const Tiling& t, bool tiles) {
+__host__ __device__ inline int shared_elements(const SegmentationArgs& a, const Tiling& t, bool tiles) {
   const int maps = tiles ? 1 + a.dense + a.dense_weight : 0;
   return maps * a.classes * t.stride + 5 * t.pixels + (tiles ? a.classes * kStatistics : 0);
 }
@@ -224,7 +224,7 @@ struct Block {
         for (int j = 0; j < kSize; ++j) elements[j] = narrow<To>(s.logits[step(c, pixel)]);
         uint4 bits;
         __builtin_memcpy(&bits, elements, 16);
-        *reinterpret_cast<uint4*>(to + offset) = bits;
+        __stwb(reinterpret_cast<uint4*>(to + offset), bits);  // an assignment may be taken apart
       });
     } else {
       each_vector<1>(
@@ -232,15 +232,9 @@ struct Block {
     }
   }
 
-  // Loads the tile that starts at `first`, with labels, weights and, for softmax, what a pixel's classes share. Returns
-  // whether this thread saw a label out of range.
-  __device__ bool load() {
+  // Labels and weights of the tile that starts at `first`. Returns whether this thread saw a label out of range.
+  __device__ bool load_pixels() {
     count = static_cast<int>(min(int64_t{t.pixels}, a.pixels - first));
-    if constexpr (kShared) {
-      load_logits();
-      if (a.dense) load_map(a.target, a.target_type, s.target);
-      if (a.dense_weight) load_map(a.weight, a.weight_type, s.weights);
-    }
     bool unknown = false;
     for (int pixel = threadIdx.x; pixel < count; pixel += kThreads) {
       const int64_t at = image * a.pixels + first + pixel;
@@ -255,6 +249,17 @@ struct Block {
       }
       s.label[pixel] = label;
       s.weight[pixel] = a.weight && !a.dense_weight ? load_number<A>(a.weight, a.weight_type, at) : A(1);
+    }
+    return unknown;
+  }
+
+  // The same with the rest of the tile and, for softmax, what a pixel's classes share.
+  __device__ bool load() {
+    const bool unknown = load_pixels();
+    if constexpr (kShared) {
+      load_logits();
+      if (a.dense) load_map(a.target, a.target_type, s.target);
+      if (a.dense_weight) load_map(a.weight, a.weight_type, s.weights);
     }
     __syncthreads();
     if (a.activation == Activation::kSoftmax) {

@@ -32,20 +32,27 @@ Tiling tiling_for(const SegmentationArgs& a, bool* tiles) {
   return t;
 }
 
-// Launches one of two kernels, which takes tiles or does not, with more arguments.
+// Launches one of two kernels, which takes tiles or does not, with `extra` bytes of shared memory behind those of a Block
+// and with more arguments.
 template <typename T, typename Tiled, typename Untiled, typename... More>
-cudaError_t launch_tiles(const SegmentationArgs& a, cudaStream_t stream, Tiled tiled, Untiled untiled, More... more) {
+cudaError_t launch_tiles_and(size_t extra, const SegmentationArgs& a, cudaStream_t stream, Tiled tiled, Untiled untiled,
+                             const More&... more) {
   bool tiles = false;
   const Tiling t = tiling_for<T>(a, &tiles);
   const int64_t blocks = a.images * units_of_image(a);
   if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
-  const size_t shared = shared_elements(a, t, tiles) * sizeof(Accumulator<T>);
+  const size_t shared = shared_elements(a, t, tiles) * sizeof(Accumulator<T>) + extra;
   if (tiles) {
     tiled<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(a, t, more...);
   } else {
     untiled<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(a, t, more...);
   }
   return cudaGetLastError();
+}
+
+template <typename T, typename Tiled, typename Untiled>
+cudaError_t launch_tiles(const SegmentationArgs& a, cudaStream_t stream, Tiled tiled, Untiled untiled) {
+  return launch_tiles_and<T>(0, a, stream, tiled, untiled);
 }
 
 template <typename F>

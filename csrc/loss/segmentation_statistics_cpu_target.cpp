@@ -23,16 +23,9 @@ int64_t workspace(const SegmentationInput& in, int64_t workers) {
 
 int64_t partials(const SegmentationInput& in) { return in.images * units_of_image(in); }
 
-// Calls f(kernel, unit) for all units, with a Kernel for each worker.
 template <typename Kernel, typename F>
 void each_unit(const SegmentationInput& in, const SegmentationRun& run, const F& f) {
-  const int64_t bytes = workspace(in, 1);
-  for_each_part(run.workers, partials(in), [&](int64_t worker, int64_t first, int64_t last) {
-    Kernel kernel(in, static_cast<char*>(run.workspace) + worker * bytes);
-    for (int64_t unit = first; unit < last; ++unit) f(kernel, unit);
-    stream_fence();
-    run.errors[worker] = kernel.error();
-  });
+  each_unit<Kernel>(in, partials(in), workspace(in, 1), run, f);
 }
 
 template <typename A>

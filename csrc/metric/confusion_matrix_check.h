@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/pixel_stride.h"
 #include "common/tensor_arguments.h"
 #include "metric/confusion_matrix_math.h"
 
@@ -54,20 +55,6 @@ inline bool holds(LabelType type, int64_t value) {
     case LabelType::kInt32: return value >= INT32_MIN && value <= INT32_MAX;
     default: return true;
   }
-}
-
-// Whether the spatial dimensions (from 2 on) are evenly spaced, and their spacing.
-inline std::optional<int64_t> pixel_stride(const Tensor& logits) {
-  int64_t stride = 1, next = 0;
-  bool any = false;
-  for (int64_t d = logits.dim() - 1; d >= 2; --d) {
-    if (logits.size(d) == 1) continue;
-    if (any && logits.stride(d) != next) return std::nullopt;
-    if (!any) stride = logits.stride(d);
-    any = true;
-    next = logits.stride(d) * logits.size(d);
-  }
-  return stride;
 }
 
 // The arguments without `matrix`. `prediction` and `target` are replaced by contiguous copies where the kernels cannot

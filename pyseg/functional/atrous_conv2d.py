@@ -83,7 +83,7 @@ def atrous_conv2d(
         padding = _pair("padding", padding)
 
     reason = why_torch(weight, stride, padding, groups, input.shape[-3], input.dtype, input.device.type)
-    if reason or _has_tangent(input, weight, bias, scale, shift):
+    if reason or has_tangent(input, weight, bias, scale, shift):
         return _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, scale, shift, relu, out)
 
     if isinstance(padding, str):
@@ -128,7 +128,7 @@ def why_torch(
     return ""
 
 
-def _has_tangent(*tensors: Tensor | None) -> bool:
+def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether forward-mode derivatives are wanted."""
     if forward_ad._current_level < 0:
         return False

@@ -15,10 +15,12 @@ from pyseg.functional.pairwise_kernels import (
     Bound,
     BoundGaussian,
     BoundLattice,
+    BoundLinks,
     Compatibility,
     CrfAccuracy,
     FeatureKernel,
     GaussianKernel,
+    LinkKernel,
     Normalization,
     bilateral_features,
     chosen,
@@ -26,7 +28,7 @@ from pyseg.functional.pairwise_kernels import (
     positive,
 )
 
-Kernel = GaussianKernel | FeatureKernel | Bound
+Kernel = GaussianKernel | FeatureKernel | LinkKernel | Bound
 Sigma = float | Sequence[float]
 Output = Literal["marginals", "labels", "logits"]
 _OUTPUTS = ("marginals", "labels", "logits")
@@ -111,7 +113,8 @@ def dense_crf(
             gains w times the message of its own; [C]: likewise with a weight for each label; [C, C]: costs mu.
         smoothness_sigma, spatial_sigma: in pixels, one number or one for each axis.
         color_sigma: in units of the image, one number or one for each channel; 13 suits values from 0 to 255.
-        kernels: further ones: `GaussianKernel`, `FeatureKernel`, or what `dense_crf_kernels` returned.
+        kernels: further ones: `GaussianKernel`, `FeatureKernel`, `LinkKernel` (which may link images of the batch), or
+            what `dense_crf_kernels` returned.
         normalization: of each kernel by its sums n_i = sum over j of k(i, j): "symmetric" k / sqrt(n_i n_j), "before"
             k / n_j, "after" k / n_i (weights that sum to one), "none".
         accuracy: "fast": lattice with blur passes; on the CPU the smoothness kernel beside it is filtered on a grid of
@@ -269,7 +272,7 @@ def _mean_field(
 
 
 def _fusible(kernel: Bound, unary: Tensor) -> bool:
-    known = isinstance(kernel, BoundLattice)
+    known = isinstance(kernel, BoundLattice | BoundLinks)
     if isinstance(kernel, BoundGaussian):
         known = set(kernel.truncate) == {TRUNCATE}
     return known and kernel.compatibility.dtype == computing_type(unary, "fast")
@@ -298,6 +301,23 @@ def _softmax(energy: Tensor, temperature: float) -> Tensor:
 
 
 def _fused(
+    unary: Tensor, kernels: Sequence[Bound], iterations: int, temperature: float, initial: Tensor | None
+) -> Tensor:
+    """Links lead from image to image: their energies join the unaries before each iteration of the other kernels."""
+    links = [kernel.scaled() for kernel in kernels if isinstance(kernel, BoundLinks)]
+    others = [kernel for kernel in kernels if not isinstance(kernel, BoundLinks)]
+    if not links or iterations == 0:
+        return _fused_iterations(unary, others, iterations, temperature, initial)
+    marginals = _softmax(unary, temperature) if initial is None else initial.to(unary.dtype)
+    for _ in range(iterations):
+        energy = unary
+        for kernel in links:
+            energy = kernel.add_energy(energy, marginals)
+        marginals = _fused_iterations(energy, others, 1, temperature, marginals)
+    return marginals
+
+
+def _fused_iterations(
     unary: Tensor, kernels: Sequence[Bound], iterations: int, temperature: float, initial: Tensor | None
 ) -> Tensor:
     lattices = [kernel for kernel in kernels if isinstance(kernel, BoundLattice)]
@@ -334,6 +354,8 @@ def _wants_gradient(unary: Tensor, initial: Tensor | None, kernels: Sequence[Bou
         tensors += [kernel.compatibility, kernel.scale_in, kernel.scale_out]
         if isinstance(kernel, BoundLattice):
             tensors.append(kernel.lattice.weight)
+        if isinstance(kernel, BoundLinks):
+            tensors.append(kernel.links.weights)
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

@@ -18,6 +18,7 @@ from pyseg.functional.permutohedral_lattice import (
     permutohedral_filter,
     permutohedral_lattice,
 )
+from pyseg.functional.sparse_pairwise import PixelLinks, sparse_pairwise
 
 Normalization = Literal["symmetric", "before", "after", "none"]
 CrfAccuracy = Literal["fast", "high", "exact"]
@@ -108,6 +109,46 @@ class FeatureKernel:
 
 
 @dataclass(frozen=True)
+class LinkKernel:
+    r"""k(i, j) = w_ij between linked pixels, of one image or of several of a batch; 0 between others.
+
+    The images of a batch are segmented together: as views of one scene (Xiao and Quan 2009, Multiple View Semantic
+    Segmentation for Street View Images, whose field over several views has smoothness terms within a view and along
+    correspondences), or as frames of a video. A pixel is no neighbour of its own, unless the links say so.
+
+    links: of `correspondence_links`, `track_links` or `pixel_links`, for all pixels of the batch.
+    compatibility: see `dense_crf`.
+    normalization, accuracy: instead of those that `dense_crf` is called with. A pixel without links gets no message,
+        and n_i = sum over j of w_ij must not be negative. accuracy="exact" computes in float64; other levels are alike.
+    """
+
+    links: PixelLinks
+    compatibility: Compatibility = 3.0
+    normalization: Normalization | None = None
+    accuracy: CrfAccuracy | None = None
+
+    def bind(
+        self, unary: Tensor, normalization: Normalization = "symmetric", accuracy: CrfAccuracy = "fast"
+    ) -> "Bound":
+        """Ready for use on a unary [N, C, *S] of this shape, type and device."""
+        level = self.accuracy or accuracy
+        chosen(level, "accuracy", ACCURACIES)
+        links, dtype = self.links, computing_type(unary, level)
+        pixels = unary[:, 0].numel()
+        if links.row_starts.shape[0] != pixels + 1:
+            raise RuntimeError(
+                f"dense_crf: links must be for the {pixels} pixels of unary {list(unary.shape)}, got some for "
+                f"{links.row_starts.shape[0] - 1}"
+            )
+        if links.weights.device != unary.device:
+            raise RuntimeError(f"dense_crf: links must be on {unary.device} like unary, got {links.weights.device}")
+        links = links._replace(weights=links.weights.to(dtype))
+        ones = unary.new_ones((unary.shape[0], 1, *unary.shape[2:]), dtype=dtype)
+        plain = BoundLinks(energies(self.compatibility, unary, level), None, None, links)
+        return normalized(plain, ones, self.normalization or normalization)
+
+
+@dataclass(frozen=True)
 class Bound:
     """A kernel with everything that does not depend on the marginals: lattice, normalisation, costs."""
 
@@ -167,6 +208,37 @@ class BoundLattice(Bound):
 
     def filter(self, values: Tensor) -> Tensor:
         return permutohedral_filter(self.lattice, values)
+
+
+@dataclass(frozen=True)
+class BoundLinks(Bound):
+    """Links between pixels of all images."""
+
+    links: PixelLinks
+
+    def filter(self, values: Tensor) -> Tensor:
+        return sparse_pairwise(values, self.links)
+
+    def scaled(self) -> "BoundLinks":
+        """The same kernel with its scales within the weights. For inference: the gradient of indexing takes atomics."""
+        links = self.links
+        weights, columns = links.weights, links.columns
+        if self.scale_out is not None:
+            rows = torch.arange(links.row_starts.shape[0] - 1, device=weights.device)
+            rows = rows.repeat_interleave(links.row_starts.diff(), output_size=columns.shape[0])
+            weights = weights * self.scale_out.flatten()[rows]
+        if self.scale_in is not None:
+            weights = weights * self.scale_in.flatten()[columns]
+        return BoundLinks(self.compatibility, None, None, links._replace(weights=weights))
+
+    def add_energy(self, base: Tensor, values: Tensor) -> Tensor:
+        """base + energy(values) without scales and gradients, for a compatibility [C] in one pass."""
+        if self.compatibility.dim() == 2:
+            return base + self.energy(values)
+        added: Tensor = torch.ops.pyseg._sparse_pairwise_add(
+            base.flatten(2), self.compatibility, values.flatten(2), *self.links[:3]
+        )
+        return added.reshape(base.shape)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,5 @@
 """distance_transform and distance_to_two_nearest_objects against brute force and scipy, on both devices."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-import pyseg
+from cpu_targets import OTHER_TARGETS, run_on_cpu_target
 from cuda_budget import cuda_budget
 from drawn import drawn_settings
 from pyseg import reference
@@ -375,20 +372,14 @@ def test_same_bits_for_every_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("target", sorted({"baseline", "avx2", "avx512"} - {pyseg.build_info().cpu_capability}))
+@pytest.mark.parametrize("target", OTHER_TARGETS)
 def test_cpu_targets(target):
     """The same maps on every other instruction set that the machine has."""
     maps = "blobs or volume or sparse or disc or thin or blocks"
     tests = f"(test_scipy and ({maps})) or test_labels or test_very_long_lines or test_two_nearest or test_input_dtypes"
     selected = f"({tests}) and not cuda"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, __file__]
-    environment = dict(os.environ, PYSEG_CPU_CAPABILITY=target, OMP_NUM_THREADS="1")
-    result = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-    )
-    if "the best that this machine has" in result.stdout + result.stderr:
-        pytest.skip(f"cpu target: this machine lacks {target}")
-    assert result.returncode == 0, result.stdout[-3000:]
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-k", selected, __file__]
+    run_on_cpu_target(target, f"import pytest, sys\nsys.exit(pytest.main({arguments}))", Path(__file__).parent)
 
 
 ARGUMENTS = {

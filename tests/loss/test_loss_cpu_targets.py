@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from cpu_targets import run_on_cpu_target
+from cpu_targets import OTHER_TARGETS, run_on_cpu_target
 
 SCRIPT = """
 import torch
 from segmentation_cases import DTYPES, make_dense, make_labels, make_logits
-import test_hausdorff_dt, test_lovasz_statistics, test_pixel_cross_entropy, test_segmentation_statistics
-import pyseg._loader
-assert pyseg._loader._C.cpu_capability() == {capability!r}
+import test_hausdorff_dt, test_lovasz_statistics, test_pixel_cross_entropy, test_point_supervision_loss
+import test_segmentation_statistics
 test_segmentation_statistics.test_vectorised_logarithm()
 test_segmentation_statistics.test_vectorised_exponential()
 test_segmentation_statistics.test_large_gradient()
@@ -20,6 +19,8 @@ test_segmentation_statistics.test_binary_labels_out_of_range()
 for gamma, flags in zip((0.0, 2.0, 0.5), test_segmentation_statistics.FLAGS):
     test_segmentation_statistics.test_binary_labels_of_many_pixels(gamma, flags)
 for dtype in DTYPES:
+    for layout in ("contiguous", "channels_last"):
+        test_point_supervision_loss.test_layouts_and_dtypes("cpu", layout, dtype)
     for activation in ("softmax", "sigmoid", "none"):
         for layout in ("contiguous", "channels_last"):
             logits = make_logits((2, 5, 9, 61), dtype, activation, layout)
@@ -34,6 +35,6 @@ for dtype in DTYPES:
 """
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", OTHER_TARGETS)
 def test_cpu_capability(capability):
-    run_on_cpu_target(capability, SCRIPT.format(capability=capability), Path(__file__).parent)
+    run_on_cpu_target(capability, SCRIPT, Path(__file__).parent)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpu_targets import run_on_cpu_target
+from cpu_targets import OTHER_TARGETS, run_on_cpu_target
 from drawn import drawn_settings
-from pyseg import build_info, reference
+from pyseg import reference
 from pyseg.functional import confusion_matrix, iou
 
 LOGITS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -315,11 +315,9 @@ def test_no_gradient():
     assert not confusion_matrix(x, labels((2, 6, 4), 5)).requires_grad
 
 
-@pytest.mark.parametrize("target", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("target", OTHER_TARGETS)
 def test_every_cpu_target(target):
     """The other instruction sets, in a process of their own."""
-    if target == build_info().cpu_capability:
-        return  # the rest of this file
     program = "import test_confusion_matrix; test_confusion_matrix.run_all_on_cpu()"
     run_on_cpu_target(target, program, Path(__file__).parent)
 

@@ -17,7 +17,7 @@ def whole(monkeypatch):
     return importlib.import_module("cases.detectors")
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
+@pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
 def test_whole_detector(whole, name):
     """With its convolutions, too, which round in another way: detections agree one by one, and are as many."""
     size, count = (256, 320), 20

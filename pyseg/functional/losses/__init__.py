@@ -52,6 +52,10 @@ from pyseg.functional.losses.distribution import sigmoid_focal_loss as sigmoid_f
 from pyseg.functional.losses.distribution import topk_cross_entropy as topk_cross_entropy
 from pyseg.functional.losses.distribution import unet_border_weights as unet_border_weights
 from pyseg.functional.losses.distribution import weighted_binary_cross_entropy as weighted_binary_cross_entropy
+from pyseg.functional.losses.multiscale import multiscale_cross_entropy as multiscale_cross_entropy
+from pyseg.functional.losses.multiscale import pool_labels as pool_labels
+from pyseg.functional.losses.point_supervision import point_supervision_loss as point_supervision_loss
+from pyseg.functional.losses.point_supervision import points_to_labels as points_to_labels
 from pyseg.functional.losses.region import dice_loss as dice_loss
 from pyseg.functional.losses.region import focal_tversky_loss as focal_tversky_loss
 from pyseg.functional.losses.region import generalized_dice_loss as generalized_dice_loss
@@ -82,7 +86,11 @@ __all__ = [
     "lovasz_hinge_loss",
     "lovasz_softmax_loss",
     "mcc_loss",
+    "multiscale_cross_entropy",
     "ohem_cross_entropy",
+    "point_supervision_loss",
+    "points_to_labels",
+    "pool_labels",
     "sensitivity_specificity_loss",
     "shape_aware_loss",
     "sigmoid_focal_loss",

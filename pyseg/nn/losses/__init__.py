@@ -16,6 +16,7 @@ from pyseg.nn.losses.distribution import FocalLoss as FocalLoss
 from pyseg.nn.losses.distribution import OHEMCrossEntropyLoss as OHEMCrossEntropyLoss
 from pyseg.nn.losses.distribution import TopKCrossEntropyLoss as TopKCrossEntropyLoss
 from pyseg.nn.losses.distribution import WeightedBCELoss as WeightedBCELoss
+from pyseg.nn.losses.point_supervision import PointSupervisionLoss as PointSupervisionLoss
 from pyseg.nn.losses.region import DiceLoss as DiceLoss
 from pyseg.nn.losses.region import FocalTverskyLoss as FocalTverskyLoss
 from pyseg.nn.losses.region import GeneralizedDiceLoss as GeneralizedDiceLoss
@@ -47,6 +48,7 @@ __all__ = [
     "LovaszSoftmaxLoss",
     "MCCLoss",
     "OHEMCrossEntropyLoss",
+    "PointSupervisionLoss",
     "SegmentationLoss",
     "SensitivitySpecificityLoss",
     "ShapeAwareLoss",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 # Arguments of a call, not of the module.
-_PER_CALL = ("input", "target", "pixel_weight")
+_PER_CALL = ("input", "target", "pixel_weight", "image_labels", "point_weight", "objectness")
 # Beside `weight` what may hold a value for each class.
 _PER_CLASS = ("alpha", "beta")
 
@@ -16,10 +16,10 @@ _PER_CLASS = ("alpha", "beta")
 class SegmentationLoss(nn.Module):
     """Base of the losses: `class DiceLoss(SegmentationLoss, function=dice_loss)`.
 
-    The constructor takes the function's arguments but for input, target and pixel_weight, which forward takes, with the
-    same names, order and defaults (the class's signature shows them), and keeps them as attributes. Tensors, and what
-    holds a value for each class, are buffers: they follow `.to()` and are in the state_dict. Wrong names and values
-    raise when the module is made or first called.
+    The constructor takes the function's arguments but for input, target and what else belongs to a batch (such as
+    pixel_weight), which forward takes, with the same names, order and defaults (the class's signature shows them), and
+    keeps them as attributes. Tensors, and what holds a value for each class, are buffers: they follow `.to()` and are
+    in the state_dict. Wrong names and values raise when the module is made or first called.
     """
 
     _function: ClassVar[Callable[..., Tensor]]
