@@ -1,6 +1,7 @@
 // What fuse_query does around its matrix products, for one CPU target: a pass over the product that adds what vector
 // and coordinates contribute (in place), one over its gradient that gates it and sums it up, and the two passes over a
-// map's channels that normalising a pixel takes. Each is bound by memory; 16-bit elements are converted in runs.
+// map's channels that normalising a pixel takes (scale and project, never of 16-bit elements). Each is bound by memory;
+// 16-bit elements are converted in runs.
 //
 // Blocks and parts do not depend on the number of workers, so that neither does a bit of the results.
 #pragma once
@@ -105,16 +106,13 @@ class FuseQuery {
     }
     for_each_block(workers, [&](int64_t image, int64_t begin, int64_t count) {
       const int64_t start = image * a_.inputs * pixels_ + begin;
-      A factors[kDotBlock], stage_x[kDotBlock], stage_h[kDotBlock];
+      A factors[kDotBlock];
       dots(x + start, h + start, count, factors);
       for (int64_t i = 0; i < count; ++i) factors[i] = factor_of(factors[i], scale_at(image * pixels_ + begin + i));
       for (int64_t c = 0; c < a_.inputs; ++c) {
-        const int64_t at = start + c * pixels_;
-        const A* const from = as_run<A>(x + at, stage_x, count);
-        const A* const gradient = as_run<A>(h + at, stage_h, count);
-        A* const to = target_run(h + at, stage_h);
-        for (int64_t i = 0; i < count; ++i) to[i] = gradient[i] - from[i] * factors[i];
-        finish_run(to, h + at, count);
+        const T* const from = x + start + c * pixels_;
+        T* const to = h + start + c * pixels_;
+        for (int64_t i = 0; i < count; ++i) to[i] -= from[i] * factors[i];
       }
     });
   }
@@ -143,23 +141,18 @@ class FuseQuery {
 
   // Of `count` pixels side by side, whose channels are planes apart.
   void dots(const T* x, const T* y, int64_t count, A* sums) const {
-    A stage_x[kDotBlock], stage_y[kDotBlock];
     for (int64_t i = 0; i < count; ++i) sums[i] = 0;
-    for (int64_t c = 0; c < a_.inputs; ++c) {
-      const A* const left = as_run<A>(x + c * pixels_, stage_x, count);
-      const A* const right = x == y ? left : as_run<A>(y + c * pixels_, stage_y, count);
-      for (int64_t i = 0; i < count; ++i) sums[i] += left[i] * right[i];
-    }
+    for (int64_t c = 0; c < a_.inputs; ++c)
+      for (int64_t i = 0; i < count; ++i) sums[i] += x[c * pixels_ + i] * y[c * pixels_ + i];
   }
 
   // Of one pixel, whose channels lie side by side.
   A dot(const T* x, const T* y) const {
-    A stage_x[kRun], stage_y[kRun];
     A sum = 0;
     for (int64_t begin = 0; begin < a_.inputs; begin += kRun) {
       const int64_t count = smaller(kRun, a_.inputs - begin);
-      const A* const left = as_run<A>(x + begin, stage_x, count);
-      const A* const right = x == y ? left : as_run<A>(y + begin, stage_y, count);
+      const T* const left = x + begin;
+      const T* const right = y + begin;
       Vec<A> sums[kVectors] = {};
       int64_t i = 0;
       for (; i + kGroup <= count; i += kGroup)
@@ -176,15 +169,7 @@ class FuseQuery {
 
   void project_pixel(const T* x, T* h, A scale) const {
     const A factor = factor_of(dot(x, h), scale);
-    A stage_x[kRun], stage_h[kRun];
-    for (int64_t begin = 0; begin < a_.inputs; begin += kRun) {
-      const int64_t count = smaller(kRun, a_.inputs - begin);
-      const A* const from = as_run<A>(x + begin, stage_x, count);
-      const A* const gradient = as_run<A>(h + begin, stage_h, count);
-      A* const to = target_run(h + begin, stage_h);
-      for (int64_t i = 0; i < count; ++i) to[i] = gradient[i] - from[i] * factor;
-      finish_run(to, h + begin, count);
-    }
+    for (int64_t c = 0; c < a_.inputs; ++c) h[c] -= x[c] * factor;
   }
 
   // ---- the product ----
@@ -193,7 +178,7 @@ class FuseQuery {
 
   template <typename F>
   void with_switches(const F& f) const {
-    if (a_.scale != nullptr) {
+    if (kSame<T, A> && a_.scale != nullptr) {
       a_.relu ? f.template operator()<true, true>() : f.template operator()<true, false>();
     } else {
       a_.relu ? f.template operator()<false, true>() : f.template operator()<false, false>();

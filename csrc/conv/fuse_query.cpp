@@ -4,7 +4,7 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   // input [N, C, H, W], weight [K, C], offset [N, K] (what the vector adds), coordinates [K, 8] (weights of xmin, ymin,
   // xmax, ymax, xcentre, ycentre, 1/W, 1/H). Returns output [N, K, H, W], channels_last where input is, and with
-  // `normalize` one over each pixel's norm [N, H, W] for the gradient, otherwise nothing [0].
+  // `normalize`, in float32 and float64, one over each pixel's norm [N, H, W] for the gradient, otherwise nothing [0].
   m.def(
       "fuse_query(Tensor input, Tensor weight, Tensor offset, Tensor coordinates, bool normalize, bool relu) "
       "-> (Tensor, Tensor)");

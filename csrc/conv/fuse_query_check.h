@@ -58,6 +58,12 @@ inline Tensor wide(const char* op, const char* name, const Tensor& t, const Ints
   return torch::stable::contiguous(torch::stable::to(t, computed_in(type)));
 }
 
+// One over a norm, up to 1e12, times a gradient does not fit into 16 bits, nor does a product that is yet to be scaled.
+inline void check_scaled(const char* op, const char* name, const Tensor& input, Element type) {
+  PYSEG_CHECK(type == Element::kFloat || type == Element::kDouble, op, ": ", name,
+              " needs an input of float32 or float64, got ", dtype_name(input));
+}
+
 // N, C, K, H, W of a call.
 struct Sizes {
   int64_t images, inputs, channels, height, width;
@@ -101,6 +107,7 @@ inline BackwardArguments check_backward(const Tensor& grad, const Tensor& input,
   BackwardArguments given{element_of(op, "input", input), check_input(op, input, weight), std::nullopt};
   check_like(op, "grad", grad, given.sizes.output(), input);
   if (output) check_like(op, "output", *output, given.sizes.output(), input);
+  if (scale) check_scaled(op, "scale", input, given.type);
   if (scale) given.scale = wide(op, "scale", *scale, given.sizes.scale(), input, given.type);
   return given;
 }

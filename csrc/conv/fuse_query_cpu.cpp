@@ -33,6 +33,7 @@ std::tuple<Tensor, Tensor> fuse_query(Tensor input, Tensor weight, Tensor offset
   const char* op = kFuseQuery;
   const Element type = element_of(op, "input", input);
   const Sizes sizes = check_input(op, input, weight);
+  if (normalize) check_scaled(op, "normalize", input, type);
   const Tensor offsets = wide(op, "offset", offset, {sizes.images, sizes.channels}, input, type);
   const Tensor weights = wide(op, "coordinates", coordinates, {sizes.channels, kCoordinates}, input, type);
   FuseQueryArgs a = arguments(type, sizes, is_channels_last(input));

@@ -5,8 +5,14 @@ namespace pyseg {
 namespace PYSEG_TARGET {
 namespace {
 
+// Where pixels are scaled the elements are never of 16 bits.
+template <typename F>
+void with_wide_types(Element type, const F& f) {
+  type == Element::kDouble ? f.template operator()<double>() : f.template operator()<float>();
+}
+
 void scale(const FuseQueryArgs& a, const Workers& workers) {
-  with_types(a.type, [&]<typename T, typename A>() { FuseQuery<T, A>(a).scale(workers); });
+  with_wide_types(a.type, [&]<typename A>() { FuseQuery<A, A>(a).scale(workers); });
 }
 
 void add(const FuseQueryArgs& a, const Workers& workers) {
@@ -22,7 +28,7 @@ void gate(const FuseQueryArgs& a, void* scratch, const Workers& workers) {
 }
 
 void project(const FuseQueryArgs& a, const Workers& workers) {
-  with_types(a.type, [&]<typename T, typename A>() { FuseQuery<T, A>(a).project(workers); });
+  with_wide_types(a.type, [&]<typename A>() { FuseQuery<A, A>(a).project(workers); });
 }
 
 }  // namespace

@@ -20,6 +20,12 @@ void with_element(Element type, const F& f) {
   }
 }
 
+// The same where there is a scale, see check_scaled.
+template <typename F>
+void with_wide_element(Element type, const F& f) {
+  type == Element::kDouble ? f.template operator()<double>() : f.template operator()<float>();
+}
+
 class Call {
  public:
   FuseSizes sizes;
@@ -107,8 +113,8 @@ class Call {
       }
     };
     if (sizes.images > 0)
-      whole<T>(last ? sizes.channels : sizes.pixels, grad, output, gated) ? run.template operator()<kWide<T>>()
-                                                                          : run.template operator()<1>();
+      whole<T>(last ? sizes.channels : sizes.pixels, grad, output, gated, scale) ? run.template operator()<kWide<T>>()
+                                                                                 : run.template operator()<1>();
     launch(fuse_query_add_sums<A>, parts_of(sizes.channels, kWarp), kWarpsOfBlock, sizes, parts,
            static_cast<const A*>(sums), static_cast<A*>(grad_offset), static_cast<A*>(grad_coordinates));
   }
@@ -152,6 +158,7 @@ std::tuple<Tensor, Tensor> fuse_query(Tensor input, Tensor weight, Tensor offset
   const char* op = kFuseQuery;
   const Element type = element_of(op, "input", input);
   const Sizes sizes = check_input(op, input, weight);
+  if (normalize) check_scaled(op, "normalize", input, type);
   const Tensor offsets = wide(op, "offset", offset, {sizes.images, sizes.channels}, input, type);
   const Tensor weights = wide(op, "coordinates", coordinates, {sizes.channels, kCoordinates}, input, type);
   const CudaLaunches launches(op, input);
@@ -161,8 +168,8 @@ std::tuple<Tensor, Tensor> fuse_query(Tensor input, Tensor weight, Tensor offset
   Tensor table = torch::stable::new_empty(input, {sizes.images + 2, sizes.channels}, computed_in(type));
   Tensor output = times_pixels(weight, x, call.last);
   const bool scaled = normalize && scale.numel() > 0;
+  if (scaled) with_wide_element(type, [&]<typename T>() { call.scale<T>(x.data_ptr(), scale.data_ptr()); });
   with_element(type, [&]<typename T>() {
-    if (scaled) call.scale<T>(x.data_ptr(), scale.data_ptr());
     if (output.numel() > 0)
       call.add<T>(offsets.data_ptr(), weights.data_ptr(), table.data_ptr(), scaled ? scale.data_ptr() : nullptr, relu,
                   output.data_ptr());
@@ -196,7 +203,7 @@ Gradients fuse_query_backward(Tensor grad, Tensor input, Tensor weight, OptTenso
   if (!need_input) return {torch::stable::new_empty(grad, {0}), grad_weight, grad_offset, grad_coordinates};
   Tensor grad_input = times_pixels(torch::stable::transpose(weight, 0, 1), gated, call.last);
   if (scale && grad_input.numel() > 0)
-    with_element(given.type, [&]<typename T>() { call.project<T>(x.data_ptr(), factors, grad_input.data_ptr()); });
+    with_wide_element(given.type, [&]<typename T>() { call.project<T>(x.data_ptr(), factors, grad_input.data_ptr()); });
   return {grad_input, grad_weight, grad_offset, grad_coordinates};
 }
 

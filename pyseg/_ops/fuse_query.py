@@ -7,7 +7,8 @@ With g = dL/dy, gated to y > 0 where ReLU is on:
     dL/doffset = sum(g)     dL/dcoordinates: from sum(g), sum(g u), sum(g v) over the pixels, u and v their centres
     dL/dW = sum(s g x^T)    dL/dx = h - s^2 x <x, h>  with h = W^T (s g), or h alone where nothing is normalised
 
-so neither the product nor the normalised map is kept. Derivatives of higher order are those of the same formula in
+so neither the product nor the normalised map is kept. s, up to 1e12, is for float32 and float64: 16-bit maps are
+normalised before the operator. Derivatives of higher order are those of the same formula in
 torch's operators, which is evaluated only where they are asked for (create_graph=True).
 
 Under autocast the map and its weights are in autocast's dtype; what is added to the product is taken as it comes.
@@ -54,6 +55,11 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     op = "fuse_query"
     _check_input(op, input, weight)
+    check(
+        op,
+        not normalize or input.dtype.itemsize > 2,
+        f"normalize needs an input of float32 or float64, got {input.dtype}",
+    )
     images, _, height, width = input.shape
     channels = weight.shape[0]
     check_shape(op, "offset", offset, [images, channels])

@@ -37,20 +37,22 @@ def fuse_query(
         weight: [K, C + C_q + 8, 1, 1], of torch's conv2d on the concatenation in this order. (The authors' published
             code has the sentence first.)
         bias: [K] or None.
-        normalize: x over its norm in each pixel and q over its own (at least 1e-12), as in the paper; no normalised
-            copy of x is made.
+        normalize: x over its norm in each pixel and q over its own (at least 1e-12), as in the paper. In float32 and
+            float64 no normalised copy of x is made. 16-bit types have no room for one over a norm: there, and under
+            autocast, x is normalised by torch in float32, and the operator runs on what that is rounded to.
         relu: clamp at zero, last. A NaN stays a NaN.
 
     Returns:
         [N, K, H, W], channels_last where input is.
 
-    16-bit types are accumulated in float32 and rounded after the product and at the end. Products are torch's: float32
-    on CUDA obeys `torch.backends.cuda.matmul`'s precision, where conv2d obeys cuDNN's. Differentiable in input, query,
-    weight and bias; the gradient takes one pass over dL/dy (ReLU's gate, and its sums over the pixels as they are and
-    weighted by u and v) beside torch's products. Derivatives of higher order fall back on the formula in torch's
-    operators. The passes give the same bits in every run and, on the CPU, for every number of threads. vmap runs sample
-    by sample. O(N * C * K * H * W) time instead of O(N * (C + C_q + 8) * K * H * W); no memory but the output, in
-    backward one more like it (for ReLU or normalize).
+    16-bit types are accumulated in float32 and rounded after normalising, after the product and at the end. Products
+    are torch's: float32 on CUDA obeys `torch.backends.cuda.matmul`'s precision, where conv2d obeys cuDNN's.
+    Differentiable in input, query, weight and bias; the gradient takes one pass over dL/dy (ReLU's gate, and its sums
+    over the pixels as they are and weighted by u and v) beside torch's products. Derivatives of higher order fall back
+    on the formula in torch's operators. The passes give the same bits in every run and, on the CPU, for every number of
+    threads. vmap runs sample by sample. O(N * C * K * H * W) time instead of O(N * (C + C_q + 8) * K * H * W); no
+    memory but the output, in backward one more like it (for ReLU or normalize), beside what normalising in 16 bits
+    takes.
 
     Raises:
         RuntimeError: an argument that does not fit: names argument, expected and got.
@@ -76,8 +78,20 @@ def fuse_query(
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"{op}: {name} must be on {input.device} like input, got {tensor.device}")
 
+    if normalize:
+        query = _normalized(query, query.dtype)
+        dtype = (
+            torch.get_autocast_dtype(input.device.type) if autocast and input.dtype != torch.float64 else input.dtype
+        )
+        if dtype.itemsize == 2:
+            input, normalize = _normalized(input, dtype), False
     parts = [channels, query.shape[1], COORDINATES]
     of_map, of_query, of_coordinates = torch.split(weight.flatten(1), parts, 1)
-    offset = F.linear(F.normalize(query, dim=1) if normalize else query, of_query, bias)
+    offset = F.linear(query, of_query, bias)
     output: Tensor = torch.ops.pyseg.fuse_query(input, of_map, offset, of_coordinates, normalize, relu)[0]
     return output
+
+
+def _normalized(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Over its norm along dimension 1, in float32 where elements have 16 bits: there the least norm would be zero."""
+    return F.normalize(tensor.float() if tensor.dtype.itemsize == 2 else tensor, dim=1).to(dtype)
