@@ -108,9 +108,8 @@ def pixel_coordinates(height: int, width: int, dtype: torch.dtype, device: torch
     return torch.stack([u - x, v - y, u + x, v + y, u, v, x, y])
 
 
-def _composed(
-    input: Tensor, weight: Tensor, offset: Tensor, coordinates: Tensor, normalize: bool, relu: bool
-) -> Tensor:
+def composed(input: Tensor, weight: Tensor, offset: Tensor, coordinates: Tensor, normalize: bool, relu: bool) -> Tensor:
+    """The operator's output in torch's operators, which know derivatives of every order and in forward mode."""
     pixels = pixel_coordinates(input.shape[2], input.shape[3], input.dtype, input.device)
     x = F.normalize(input, dim=1) if normalize else input
     y = F.conv2d(x, weight[:, :, None, None]) + offset.to(input.dtype)[:, :, None, None]
@@ -133,9 +132,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         # Views, so that a weight that was itself made from the input counts as another argument.
         views = [each.view_as(each) for each in inputs]
         wanted = [view for view, need in zip(views, needed, strict=True) if need]
-        y = _composed(views[0], views[1], views[2], views[3], ctx.normalize, ctx.relu)
-        composed = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-        return *(next(composed) if need else None for need in needed), None, None
+        y = composed(views[0], views[1], views[2], views[3], ctx.normalize, ctx.relu)
+        grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+        return *(next(grads) if need else None for need in needed), None, None
     input, weight, offset, coordinates = inputs
     grads = _BACKWARD(grad, input, weight, output, scale, needed[0], needed[1])
     wide = (grads[0], grads[1], grads[2].to(offset.dtype), grads[3].to(coordinates.dtype))

@@ -1,13 +1,11 @@
 """2D convolution with dilation and a fused per-channel scale, shift and ReLU."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyseg._ops import atrous_conv2d as _op
+from pyseg._ops.forward_mode import has_tangent
 from pyseg._ops.memory_format import is_channels_last
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -126,14 +124,6 @@ def why_torch(
     if device not in _op.DEVICES:
         return f"no kernels for {device} in this installation"
     return ""
-
-
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode derivatives are wanted."""
-    if forward_ad._current_level < 0:
-        return False
-    unpack: Any = forward_ad.unpack_dual
-    return any(t is not None and unpack(t).tangent is not None for t in tensors)
 
 
 def _why_torch_pointwise(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import upsample as _op  # noqa: F401  registers the fake kernels
+from pyseg._ops.forward_mode import refuse_tangents
 
 Size = int | Sequence[int]
 
@@ -47,6 +48,7 @@ def bilinear_upsample(
         RuntimeError: an argument that does not fit: names argument, expected and got.
     """
     op = "bilinear_upsample"
+    refuse_tangents(op, input)
     if input.dim() != 4:
         raise RuntimeError(f"{op}: input must be [N, C, H, W], got {list(input.shape)}")
     if (size is None) == (scale_factor is None):
@@ -80,6 +82,7 @@ def upsample_concat(inputs: Sequence[Tensor], size: Size | None = None, align_co
     """
     op = "upsample_concat"
     maps = list(inputs)
+    refuse_tangents(op, *maps)
     return torch.ops.pyseg.upsample_concat(maps, output_size(op, maps, size), align_corners)
 
 

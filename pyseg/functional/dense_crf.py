@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import mean_field as _op  # noqa: F401  registers the fake kernel
+from pyseg._ops.forward_mode import refuse_tangents
 from pyseg.functional.pairwise_kernels import (
     ACCURACIES,
     NORMALIZATIONS,
@@ -149,6 +150,7 @@ def dense_crf(
 
     def one(unary: Tensor, image: Tensor | None, initial: Tensor | None) -> Tensor:
         _check_run(unary, iterations, temperature, initial, tolerance)
+        refuse_tangents("dense_crf", image)
         with _without_autocast(unary):
             wide = unary.to(computing_type(unary, "fast"))  # rounded once, at the end
             bound = dense_crf_kernels(
@@ -253,7 +255,9 @@ def _mean_field(
     tolerance: float | None,
     logits: bool,
 ) -> Tensor:
-    fused = all(_fusible(kernel, unary) for kernel in kernels) and not _wants_gradient(unary, initial, kernels)
+    tensors = [unary, initial, *_tensors(kernels)]
+    refuse_tangents("dense_crf", *tensors)
+    fused = all(_fusible(kernel, unary) for kernel in kernels) and not _wants_gradient(tensors)
     step = _fused if fused else _differentiable
     last = 1 if logits and iterations > 0 else 0
     if tolerance is None:
@@ -346,16 +350,21 @@ def _loop_type(unary: Tensor, kernels: Sequence[Bound]) -> torch.dtype:
     return torch.float64 if torch.float64 in types else torch.float32
 
 
-def _wants_gradient(unary: Tensor, initial: Tensor | None, kernels: Sequence[Bound]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    tensors = [unary, initial]
+def _tensors(kernels: Sequence[Bound]) -> list[Tensor | None]:
+    """What of kernels may have a gradient."""
+    tensors: list[Tensor | None] = []
     for kernel in kernels:
         tensors += [kernel.compatibility, kernel.scale_in, kernel.scale_out]
         if isinstance(kernel, BoundLattice):
             tensors.append(kernel.lattice.weight)
         if isinstance(kernel, BoundLinks):
             tensors.append(kernel.links.weights)
+    return tensors
+
+
+def _wants_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

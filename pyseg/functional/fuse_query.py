@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyseg._ops.fuse_query import COORDINATES
+from pyseg._ops.forward_mode import has_tangent
+from pyseg._ops.fuse_query import COORDINATES, composed
 
 
 def fuse_query(
@@ -49,10 +50,10 @@ def fuse_query(
     are torch's: float32 on CUDA obeys `torch.backends.cuda.matmul`'s precision, where conv2d obeys cuDNN's.
     Differentiable in input, query, weight and bias; the gradient takes one pass over dL/dy (ReLU's gate, and its sums
     over the pixels as they are and weighted by u and v) beside torch's products. Derivatives of higher order fall back
-    on the formula in torch's operators. The passes give the same bits in every run and, on the CPU, for every number of
-    threads. vmap runs sample by sample. O(N * C * K * H * W) time instead of O(N * (C + C_q + 8) * K * H * W); no
-    memory but the output, in backward one more like it (for ReLU or normalize), beside what normalising in 16 bits
-    takes.
+    on the formula in torch's operators, and so do those in forward mode. The passes give the same bits in every run
+    and, on the CPU, for every number of threads. vmap runs sample by sample. O(N * C * K * H * W) time instead of
+    O(N * (C + C_q + 8) * K * H * W); no memory but the output, in backward one more like it (for ReLU or normalize),
+    beside what normalising in 16 bits takes.
 
     Raises:
         RuntimeError: an argument that does not fit: names argument, expected and got.
@@ -88,6 +89,8 @@ def fuse_query(
     parts = [channels, query.shape[1], COORDINATES]
     of_map, of_query, of_coordinates = torch.split(weight.flatten(1), parts, 1)
     offset = F.linear(query, of_query, bias)
+    if has_tangent(input, of_map, offset, of_coordinates):
+        return composed(input, of_map, offset, of_coordinates, normalize, relu)
     output: Tensor = torch.ops.pyseg.fuse_query(input, of_map, offset, of_coordinates, normalize, relu)[0]
     return output
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyseg._ops.forward_mode import refuse_tangents
 from pyseg.functional.warp_to_view import _image
 
 Mode = Literal["bayes", "sum", "max"]
@@ -87,6 +88,7 @@ def warp_and_fuse(
     Differentiable in the scores.
     """
     op = "warp_and_fuse"
+    refuse_tangents(op, scores)
     _check_mode(op, mode)
     depth = _image(op, "depth", depth, depth.shape[0])
     if source_depth is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import gaussian_filter as _op  # noqa: F401  registers the fake kernel
+from pyseg._ops.forward_mode import refuse_tangents
 
 
 def gaussian_filter(
@@ -34,6 +35,7 @@ def gaussian_filter(
     Raises:
         RuntimeError: a shape, dtype, sigma or truncate that does not fit.
     """
+    refuse_tangents("gaussian_filter", values)
     sigmas = numbers(sigma, values.dim() - 2)
     filtered: Tensor = torch.ops.pyseg.gaussian_filter(values, sigmas, float(truncate), normalize)
     return filtered

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import joint_warp as _op  # noqa: F401  registers the fake kernels
+from pyseg._ops.forward_mode import refuse_tangents
 
 Border = Literal["reflect", "replicate", "constant"]
 CATMULL_ROM = -0.5
@@ -78,6 +79,7 @@ def joint_warp(
         RuntimeError: an argument that does not fit: names argument, expected and got.
     """
     op = "joint_warp"
+    refuse_tangents(op, image, labels)
     if image.dim() not in (4, 5):
         raise RuntimeError(f"{op}: image must be [N, C, H, W] or [N, C, D, H, W], got {list(image.shape)}")
     axes = image.dim() - 2

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import paste_masks as _op  # noqa: F401  registers the fake kernels
+from pyseg._ops.forward_mode import refuse_tangents
 from pyseg.functional.roi_align import roi_align
 
 
@@ -79,6 +80,8 @@ def paste_masks(
         data, sizes = torch.ops.pyseg.paste_masks_rle(masks.detach(), boxes.detach(), height, width, limit, padding)
         return _split(bytes(data.cpu().numpy()), sizes.tolist(), [height, width])
     kind = "packed" if output == "packed" else "values" if threshold is None else "bool"
+    if kind == "values":
+        refuse_tangents(op, masks)
     return torch.ops.pyseg.paste_masks(masks, boxes.detach(), height, width, limit, kind, padding)
 
 

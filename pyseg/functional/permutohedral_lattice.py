@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyseg._ops import permutohedral_filter as _filter_op  # noqa: F401  registers the fake kernels
 from pyseg._ops import permutohedral_lattice as _lattice_op  # noqa: F401
+from pyseg._ops.forward_mode import refuse_tangents
 
 Accuracy = Literal["fast", "high"]
 
@@ -83,6 +84,7 @@ def permutohedral_lattice(
             standard deviations, where coordinates of vertices leave 16 bits.
     """
     op = "permutohedral_lattice"
+    refuse_tangents(op, features)
     if accuracy not in LEVELS:
         raise RuntimeError(f"{op}: accuracy must be fast or high, got {accuracy}")
     if features.dim() < 2:
@@ -123,6 +125,7 @@ def permutohedral_filter(lattice: PermutohedralLattice, values: Tensor, *, trans
         RuntimeError: a shape, dtype or device that does not fit.
     """
     op = "permutohedral_filter"
+    refuse_tangents(op, values, lattice.weight)
     if values.dim() < 2:
         raise RuntimeError(f"{op}: values must be [N, C, *S] or [P, C], got {list(values.shape)}")
     points = values.mT[None] if values.dim() == 2 else values.flatten(2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import roi_align as _op  # noqa: F401  registers the fake kernels
+from pyseg._ops.forward_mode import refuse_tangents
 
 Boxes = Tensor | Sequence[Tensor]
 
@@ -61,6 +62,7 @@ def roi_align(
     """
     maps = input.dim() - 2
     rows = _as_rows("roi_align", boxes, input)
+    refuse_tangents("roi_align", input, rows)
     return torch.ops.pyseg.roi_align(
         input, rows, _sizes(output_size, maps), float(spatial_scale), sampling_ratio, aligned, mode
     )
@@ -106,9 +108,11 @@ def multiscale_roi_align(
         raise RuntimeError(f"{op}: features must not be empty")
     scales = [float(scale) for scale in spatial_scales]
     least, most = _levels(scales) if levels is None else levels
+    rows = _as_rows(op, boxes, features[0])
+    refuse_tangents(op, *features, rows)
     return torch.ops.pyseg.multiscale_roi_align(
         list(features),
-        _as_rows(op, boxes, features[0]),
+        rows,
         _sizes(output_size, 2),
         scales,
         sampling_ratio,

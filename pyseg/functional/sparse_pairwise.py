@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import sparse_pairwise as _op  # noqa: F401  registers the fake kernels
+from pyseg._ops.forward_mode import refuse_tangents
 from pyseg._ops.permutohedral_lattice import wide_type
 
 _MOST = 2**31 - 1  # pixels and links: indices are int32
@@ -55,6 +56,7 @@ def sparse_pairwise(values: Tensor, links: PixelLinks, *, transpose: bool = Fals
             and columns that do not exist. On CUDA links to pixels that do not exist count for nothing.
     """
     op = "sparse_pairwise"
+    refuse_tangents(op, values, links.weights)
     if values.dim() < 2:
         raise RuntimeError(f"{op}: values must be [N, C, *S] or [R, C], got {list(values.shape)}")
     points = values.mT[None] if values.dim() == 2 else values.flatten(2)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import upsample_concat_depthwise as _op  # noqa: F401  registers the fake kernels
+from pyseg._ops.forward_mode import refuse_tangents
 from pyseg.functional.bilinear_upsample import Size, output_size
 
 
@@ -49,6 +50,7 @@ def upsample_concat_depthwise(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit: names argument, expected and got.
     """
-    maps = list(inputs)
-    sides = output_size("upsample_concat_depthwise", maps, size)
+    op, maps = "upsample_concat_depthwise", list(inputs)
+    refuse_tangents(op, *maps, weight, scale, shift)
+    sides = output_size(op, maps, size)
     return torch.ops.pyseg.upsample_concat_depthwise(maps, weight, scale, shift, sides, list(dilations), align_corners)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyseg._ops import valve_conv2d as _op  # noqa: F401  registers the fake kernels
-from pyseg.functional.atrous_conv2d import Pair, atrous_conv2d, has_tangent
+from pyseg._ops.forward_mode import has_tangent
+from pyseg.functional.atrous_conv2d import Pair, atrous_conv2d
 
 Combine = Literal["multiply", "add"]
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pyseg._ops import warp_to_view as _op  # noqa: F401  registers the fake kernels
+from pyseg._ops.forward_mode import refuse_tangents
 
 
 def warp_to_view(
@@ -63,6 +64,7 @@ def warp_to_view(
         RuntimeError: an argument that does not fit: names argument, expected and got.
     """
     op = "warp_to_view"
+    refuse_tangents(op, scores)
     images = scores.shape[0]
     depth = _image(op, "depth", depth, images)
     arguments = (

@@ -244,6 +244,21 @@ def test_gradient_of_a_weight_made_from_the_input():
     assert torch.autograd.gradgradcheck(function, x)
 
 
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float16], ids=str)
+def test_forward_mode(device, dtype):
+    """Of every argument, the transpose of the gradient; not in the operator, which would drop it."""
+    arguments = [t.to(device) for t in make_arguments(dtype=dtype)]
+    tangents = tuple(draw(t.shape, dtype, 7).to(device) for t in arguments)
+    function = lambda *a: fuse_query(*a, normalize=True)  # noqa: E731
+    y, tangent = torch.func.jvp(function, tuple(arguments), tangents)
+    vector = draw(y.shape, dtype, 8).to(device)
+    ours = leaves(arguments, device)
+    grads = torch.autograd.grad(function(*ours), ours, vector)
+    expected = sum((g.double() * t.double()).sum() for g, t in zip(grads, tangents, strict=True))
+    error = (vector.double() * tangent.double()).sum() - expected
+    assert error.abs() < ROUNDING[dtype] * y.numel() ** 0.5 * tangent.abs().max()
+
+
 # ---- the contract ----
 
 

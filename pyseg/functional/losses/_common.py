@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyseg._ops.forward_mode import refuse_tangents
+
 Mode = Literal["multiclass", "multilabel", "binary"]
 Reduction = Literal["none", "mean", "sum"]
 Absent = Literal["include", "zero", "skip"]
@@ -284,6 +286,7 @@ def statistics(
     """
     if group is not None and not batch:
         raise ValueError(f"{of.loss}: group needs batch=True, got batch=False")
+    refuse_tangents(of.loss, of.logits)
     sums: Tensor
     sums, _ = torch.ops.pyseg.segmentation_statistics(
         of.logits,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyseg._ops.forward_mode import refuse_tangents
 from pyseg.functional.distance_transform import distance_transform
 from pyseg.functional.losses._common import (
     Mode,
@@ -141,6 +142,7 @@ def _loss(
     channels = of.logits.shape[1]
     chosen = chosen_classes(of.loss, channels, include_background, classes)
     every = list(range(channels)) if chosen is None else sorted(set(chosen))  # each is overwritten by its error
+    refuse_tangents(of.loss, of.logits)
     table: Tensor = _MapLossFunction.apply(of.logits, of, every, map_loss, fused)
     table = take(table, chosen, 1)
     if batch:

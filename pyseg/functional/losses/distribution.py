@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyseg._ops.forward_mode import refuse_tangents
 from pyseg.functional.distance_transform import distance_to_two_nearest_objects
 from pyseg.functional.losses._common import (
     Mode,
@@ -31,6 +32,7 @@ from pyseg.functional.losses._common import (
 
 
 def _map(of: Problem, class_weight: Tensor | None = None, gamma: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+    refuse_tangents(of.loss, of.logits)
     weight = None if class_weight is None else class_weight.to(of.wide)
     loss: Tensor
     loss, _ = torch.ops.pyseg.pixel_cross_entropy(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyseg._ops.forward_mode import refuse_tangents
 from pyseg.functional.losses._common import Reduction, check_reduction
 
 _UNLABELLED = -1
@@ -66,6 +67,7 @@ def point_supervision_loss(
     any number of threads. Only `input` has a gradient, which cannot be differentiated again.
     """
     name = "point_supervision_loss"
+    refuse_tangents(name, input)
     check_reduction(name, reduction)
     if len(factors) != 3:
         raise ValueError(f"{name}: factors must be three numbers, got {factors!r}")

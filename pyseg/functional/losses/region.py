@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyseg._ops.forward_mode import refuse_tangents
 from pyseg.functional.losses._common import (
     Absent,
     Mode,
@@ -393,6 +394,7 @@ def _lovasz(
     of: Problem, activation: str, weight: Weight, absent: str, chosen: list[int] | None, reduction: str, batch: bool
 ) -> Tensor:
     check_reduction(of.loss, reduction, absent)
+    refuse_tangents(of.loss, of.logits)
     loss, _ = torch.ops.pyseg.lovasz_statistics(of.logits, of.target, activation, of.ignore_index, not batch)
     present = None if absent == "include" else _present(of, batch)
     loss, present = take(loss, chosen, 1), None if present is None else take(present, chosen, 1)
