@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -150,7 +151,21 @@ inline Lines lines_of(const Tensor& t, bool last) {
   return {t.data_ptr(), t.stride(0), last ? pixel_stride(t) : t.stride(1)};
 }
 
-inline void check_dense(const char* op, const Tensor& features, bool last) {
+// Of the memory between a tensor's first and last elements.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto begin = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()); };
+  const auto end = [&](const Tensor& t) {
+    int64_t last = 0;
+    for (int d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return begin(t) + (last + 1) * t.element_size();
+  };
+  return begin(a) < end(b) && begin(b) < end(a);
+}
+
+// Of region_gate_, which reads its other arguments while it writes the features.
+inline void check_in_place(const char* op, const Tensor& features, const Tensor& region, const Tensor& weight,
+                           const OptTensor& bias, bool last) {
   const int64_t pixels = features.size(2) * features.size(3), image = features.size(1) * pixels;
   const Lines lines = lines_of(features, last);
   const bool dense = has_lines(features, last) && (features.size(0) <= 1 || lines.image_stride == image) &&
@@ -158,6 +173,9 @@ inline void check_dense(const char* op, const Tensor& features, bool last) {
                            : features.size(1) <= 1 || lines.line_stride == pixels);
   PYSEG_CHECK(features.numel() == 0 || dense, op, ": features must be contiguous or channels_last, got strides ",
               features.strides());
+  PYSEG_CHECK(!overlap(features, region), op, ": region must not overlap features");
+  PYSEG_CHECK(!overlap(features, weight), op, ": weight must not overlap features");
+  PYSEG_CHECK(!bias || !overlap(features, *bias), op, ": bias must not overlap features");
 }
 
 // The tensor itself where the kernels can take it, else a copy.

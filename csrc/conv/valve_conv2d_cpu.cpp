@@ -52,7 +52,7 @@ Tensor region_gate(Tensor features, Tensor region, Tensor weight, OptTensor bias
 void region_gate_(Tensor features, Tensor region, Tensor weight, OptTensor bias, Ints stride, Ints padding,
                   Ints dilation, bool additive, bool relu) {
   Call call = gate_call(kGateInPlace, features, region, weight, bias, {stride, padding, dilation}, additive, relu);
-  check_dense(kGateInPlace, features, call.maps.last);
+  check_in_place(kGateInPlace, features, region, weight, bias, call.maps.last);
   if (features.numel() > 0) run_forward(call, features);
 }
 

@@ -40,9 +40,9 @@ Gradient = Tensor | None
 # ---- shapes ----
 
 
-def _check_like(op: str, name: str, tensor: Tensor, first: Tensor) -> None:
+def _check_like(op: str, name: str, tensor: Tensor, first: Tensor, any_dtype: bool = False) -> None:
     message = f"{name} must be {first.dtype} like the first argument, got {tensor.dtype}"
-    check(op, tensor.dtype == first.dtype, message)
+    check(op, any_dtype or tensor.dtype == first.dtype, message)
     message = f"{name} must be on {first.device} like the first argument, got {tensor.device}"
     check(op, tensor.device == first.device, message)
 
@@ -56,6 +56,7 @@ def _output_shape(
     bias: Tensor | None,
     geometry: tuple[Pair, Pair, Pair],
     first: Tensor,
+    any_dtype: bool = False,
 ) -> list[Any]:
     """[N, K, H, W] of the convolution of `map`; checks its arguments."""
     map_name, weight_name, bias_name = names
@@ -65,9 +66,9 @@ def _output_shape(
     check(op, weight.dim() == 4, f"{message}{list(weight.shape)}")
     check(op, weight.shape[1] == channels, f"{message}{list(weight.shape)}")
     for name, tensor in ((map_name, map), (weight_name, weight)):
-        _check_like(op, name, tensor, first)
+        _check_like(op, name, tensor, first, any_dtype)
     if bias is not None:
-        _check_like(op, bias_name, bias, first)
+        _check_like(op, bias_name, bias, first, any_dtype)
         check_shape(op, bias_name, bias, [weight.shape[0]])
     for name, pair, least in zip(("stride", "padding", "dilation"), geometry, (1, 0, 1), strict=True):
         message = f"{prefix}{name} must be two integers from {least} to 2^29 - 1, got {list(pair)}"
@@ -102,7 +103,7 @@ def _check_gate(
     return shape
 
 
-def _check_valve(
+def check_valve(
     op: str,
     input: Tensor,
     region: Tensor,
@@ -111,13 +112,15 @@ def _check_valve(
     valve_weight: Tensor,
     valve_bias: Tensor | None,
     geometry: list[Pair],
+    any_dtype: bool = False,
 ) -> list[Any]:
+    """[N, K, H, W]; `any_dtype`: where autocast is going to convert the tensors."""
     check(op, input.dtype in _FLOATS, f"input must be float32, float64, float16 or bfloat16, got {input.dtype}")
     image = (geometry[0], geometry[1], geometry[2])
     valve = (geometry[3], geometry[4], geometry[5])
     names = ("region", "valve_weight", "valve_bias")
-    shape = _output_shape(op, ("input", "weight", "bias"), "", input, weight, bias, image, input)
-    gate = _output_shape(op, names, "valve_", region, valve_weight, valve_bias, valve, input)
+    shape = _output_shape(op, ("input", "weight", "bias"), "", input, weight, bias, image, input, any_dtype)
+    gate = _output_shape(op, names, "valve_", region, valve_weight, valve_bias, valve, input, any_dtype)
     for got, expected in zip(gate, shape, strict=True):
         check(op, got == expected, f"region and valve_weight must give {shape} like input and weight, got {gate}")
     return shape
@@ -157,7 +160,7 @@ def _fake_gate_backward(
 
 def _fake_valve(input: Tensor, region: Tensor, *arguments: Any) -> Tensor:
     weight, bias, valve_weight, valve_bias, *geometry, _, _ = arguments
-    shape = _check_valve("valve_conv2d", input, region, weight, bias, valve_weight, valve_bias, geometry)
+    shape = check_valve("valve_conv2d", input, region, weight, bias, valve_weight, valve_bias, geometry)
     return _new_map(input, shape, is_channels_last(input) or is_channels_last(weight))
 
 
@@ -166,7 +169,7 @@ def _fake_valve_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "_valve_conv2d_backward"
     weight, bias, valve_weight, valve_bias, *geometry, _, _ = arguments
-    shape = _check_valve(op, input, region, weight, bias, valve_weight, valve_bias, geometry)
+    shape = check_valve(op, input, region, weight, bias, valve_weight, valve_bias, geometry)
     _check_like(op, "grad", grad, input)
     check_shape(op, "grad", grad, shape)
     channels = weight.shape[0]

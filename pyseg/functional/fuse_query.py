@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyseg._ops.forward_mode import has_tangent
 from pyseg._ops.fuse_query import COORDINATES, composed
+from pyseg._ops.segmentation_statistics import FLOATS
 
 
 def fuse_query(
@@ -72,6 +73,8 @@ def fuse_query(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(f"{op}: bias must be [K] = [{weight.shape[0]}], got {list(bias.shape)}")
+    if input.dtype not in FLOATS:
+        raise RuntimeError(f"{op}: input must be float32, float64, float16 or bfloat16, got {input.dtype}")
     autocast = torch.is_autocast_enabled(input.device.type)
     for name, tensor in (("query", query), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype and not autocast:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyseg._ops import valve_conv2d as _op  # noqa: F401  registers the fake kernels
 from pyseg._ops.forward_mode import has_tangent
+from pyseg._ops.valve_conv2d import check_valve
 from pyseg.functional.atrous_conv2d import Pair, atrous_conv2d
 
 Combine = Literal["multiply", "add"]
@@ -131,15 +131,19 @@ def valve_conv2d(
     else:
         valve[1] = _pair(op, "valve_padding", valve_padding)
     additive, region = _is_additive(op, combine), _as_numbers(region, input)
-    if has_tangent(input, region, weight, bias, valve_weight, valve_bias):
-        features = _torch_conv2d(input, weight, bias, image)
-        return _torch_gate(features, region, valve_weight, valve_bias, valve, additive, relu)
+    tangent = has_tangent(input, region, weight, bias, valve_weight, valve_bias)
     fitting = input.dim() == 4 and weight.shape[1] == input.shape[1]  # what is not is for the operator to name
-    if not fitting or math.prod(weight.shape[1:]) <= MOST_TAPS.get(input.device.type, 0):
+    few = not fitting or math.prod(weight.shape[1:]) <= MOST_TAPS.get(input.device.type, 0)
+    if few and not tangent:
         output: Tensor = torch.ops.pyseg.valve_conv2d(
             input, region, weight, bias, valve_weight, valve_bias, *image, *valve, additive, relu
         )
         return output
+    autocast = torch.is_autocast_enabled(input.device.type)
+    check_valve(op, input, region, weight, bias, valve_weight, valve_bias, [*image, *valve], autocast)
+    if tangent:
+        features = _torch_conv2d(input, weight, bias, image)
+        return _torch_gate(features, region, valve_weight, valve_bias, valve, additive, relu)
     features = atrous_conv2d(input, weight, bias, (image[0][0], image[0][1]), tuple(image[1]), tuple(image[2]))
     parameters = [region, valve_weight, valve_bias]
     if _may_overwrite(features, *parameters):

@@ -364,7 +364,7 @@ def test_large_offsets():
         (lambda x, q, w, b: (x, q.double(), w, b), "query must be torch.float32 like input, got torch.float64"),
         (
             lambda x, q, w, b: (x.long(), q.long(), w.long(), b.long()),
-            "float32, float64, float16 or bfloat16, got|linear",
+            "fuse_query: input must be float32, float64, float16 or bfloat16, got torch.int64",
         ),
         (
             lambda x, q, w, b: (x[:, :, :0], q, w, b),

@@ -294,6 +294,12 @@ def test_in_place(device):
     assert torch.equal(features, expected)
     with pytest.raises(RuntimeError, match="region_gate_: features must be contiguous or channels_last"):
         torch.ops.pyseg.region_gate_(features[..., :1].expand_as(features), *arguments)
+    for name, overlapping in (
+        ("region", (features[:, :1], *arguments[1:])),
+        ("bias", (region, weight, features[0, 0, 0, :7], *arguments[3:])),
+    ):
+        with pytest.raises(RuntimeError, match=f"region_gate_: {name} must not overlap features"):
+            torch.ops.pyseg.region_gate_(features, *overlapping)
     with pytest.raises(RuntimeError, match="region_gate_: must be called without gradients"):
         torch.ops.pyseg.region_gate_(features, region.requires_grad_(), *arguments[1:])
 
@@ -490,8 +496,8 @@ def test_modules(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input": torch.ones(3, 6, 5)}, r"valve_conv2d: input must be \[N, C, H, W\], got \[3, 6, 5\]"),
-        ({"input": torch.ones(2, 3, 6, 5).int()}, "input must be float32, float64, float16 or bfloat16, got torch.Int"),
+        ({"input": torch.ones(3, 6, 5)}, r"input must be \[N, C, H, W\], got \[3, 6, 5\]"),
+        ({"input": torch.ones(2, 33, 6, 5).int()}, "input must be float32, float64, float16 or bfloat16, got torch"),
         ({"input": torch.ones(2, 4, 6, 5)}, r"weight must be \[K, 4, kH, kW\] for input of 4 channels, got"),
         ({"region": torch.ones(2, 2, 6, 5)}, r"valve_weight must be \[K, 2, kH, kW\] for region of 2 channels"),
         ({"region": torch.ones(2, 1, 6, 4)}, r"region and valve_weight must give \[2, 7, 6, 5\] like input and weight"),
@@ -507,18 +513,22 @@ def test_modules(device):
         ({"valve_weight": torch.ones(7, 1, 2, 2)}, "valve_padding must be given where the windows' centres cannot"),
     ],
 )
-def test_errors(device, change, message):
+@pytest.mark.parametrize("channels", [3, 33])
+def test_errors(device, channels, change, message):
+    """The same in one kernel and in two steps, with gradients and without."""
     arguments = {
-        "input": torch.ones(2, 3, 6, 5),
+        "input": torch.ones(2, channels, 6, 5),
         "region": torch.ones(2, 1, 6, 5),
-        "weight": torch.ones(7, 3, 3, 3),
+        "weight": torch.ones(7, channels, 3, 3),
         "valve_weight": torch.ones(7, 1, 3, 3),
         "padding": 1,
         **change,
     }
     on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-    with pytest.raises(RuntimeError, match=message):
-        valve_conv2d(**on_device)
+    on_device["weight"].requires_grad_()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), pytest.raises(RuntimeError, match=f"valve_conv2d: .*{message}"):
+            valve_conv2d(**on_device)
 
 
 def test_gate_errors(device):
