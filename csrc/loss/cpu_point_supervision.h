@@ -1,9 +1,9 @@
 // point_supervision_loss for one CPU target (formulas: point_supervision_math.h).
 //
 // Forward, a block of pixels: the maxima of the objects' and of the other classes' logits, the sums of their
-// exponentials, the objectness terms, and z_c - log sum exp z of every class against the largest so far: a class's row is
-// looked through for the pixel only where some vector of it is larger. Backward: rows softmax(z) within each of the two
-// sets of classes times a factor of the pixel, or zeros; then single pixels are added.
+// exponentials, the objectness terms, and every class's rank (point_supervision_math.h) against the largest so far: a
+// class's row is looked through for the pixel only where some vector of it is larger. Backward: rows softmax(z) within
+// each of the two sets of classes times a factor of the pixel, or zeros; then single pixels are added.
 #pragma once
 
 #include "common/cpu_math.h"
@@ -60,7 +60,7 @@ class PixelLogits {
     most_ = largest;
     sum_ = sum;
     logits_[c] = own;
-    return double(own) - most_ - ::log(sum);
+    return own < A(__builtin_inf()) ? double(own) - most_ - ::log(sum) : __builtin_nan("");
   }
   // Of the other classes: the largest logit, and the sum of exponentials after it has been subtracted.
   double most() const { return most_; }
@@ -85,8 +85,11 @@ class PointSupervision {
     for (int set = 0; set < 2; ++set) {
       most_[set] = arena_.take<A>(stage_.step);
       sum_[set] = arena_.take<A>(stage_.step);
+      rest_[set] = arena_.take<A>(stage_.step);
     }
-    log_sum_ = arena_.take<A>(stage_.step);
+    largest_ = arena_.take<A>(stage_.step);
+    lost_ = arena_.take<A>(stage_.step);
+    top_rank_ = arena_.take<A>(stage_.step);
     prior_ = arena_.take<A>(stage_.step);
     order_ = arena_.take<int32_t>(maps_.classes);
     here_ = arena_.take<int32_t>(maps_.classes);
@@ -207,7 +210,9 @@ class PointSupervision {
   Stage<A> stage_;
   PixelLogits<A> pixel_;
   A *most_[2], *sum_[2];  // of the pixels of a block: the largest logit of each set of classes, sums of exponentials
-  A *log_sum_, *prior_;
+  A* rest_[2];            // the latter without one of the largest
+  A *largest_, *lost_, *top_rank_;  // of all classes: the largest logit, -log of its S, its rank
+  A* prior_;
   int32_t* order_;  // [classes], those of set 0 first
   int32_t* here_;   // [classes], those whose best pixel is in the unit
   int64_t first_[3];
@@ -230,7 +235,7 @@ class PointSupervision {
     return stage_.padded;
   }
 
-  // Rows of most_ and sum_. The exponentials take the logits' place if they are kept.
+  // Rows of most_ and sum_. The exponentials take the logits' place if they are kept; if not, also rows of rest_.
   template <bool kKeep>
   void sums() {
     const int64_t step = stage_.step, padded = stage_.padded;
@@ -242,14 +247,22 @@ class PointSupervision {
       const int32_t *first = order_ + first_[set], *last = order_ + first_[set + 1];
       for (int64_t i = 0; i < padded; i += 2 * kLane) {
         const V m0 = load(most_[set] + i), m1 = load(most_[set] + i + kLane);
-        V s0{}, s1{};
+        V s0{}, s1{}, count0{}, count1{};  // the largest are counted: beside a 1 small ones would be lost
         for (const int32_t* c = first; c < last; ++c) {
           A* z = stage_.logits + *c * step + i;
-          const V e0 = exp_nonpositive(load(z) - m0), e1 = exp_nonpositive(load(z + kLane) - m1);
-          if constexpr (kKeep) store(z, e0), store(z + kLane, e1);
-          s0 += e0, s1 += e1;
+          const V z0 = load(z), z1 = load(z + kLane);
+          const V e0 = exp_nonpositive(z0 - m0), e1 = exp_nonpositive(z1 - m1);
+          if constexpr (kKeep) {
+            store(z, e0), store(z + kLane, e1);
+            s0 += e0, s1 += e1;
+          } else {
+            s0 += z0 == m0 ? V{} : e0, s1 += z1 == m1 ? V{} : e1;
+            count0 += z0 == m0 ? V{} + A(1) : V{}, count1 += z1 == m1 ? V{} + A(1) : V{};
+          }
         }
-        store(sum_[set] + i, s0), store(sum_[set] + i + kLane, s1);
+        store(sum_[set] + i, s0 + count0), store(sum_[set] + i + kLane, s1 + count1);
+        if constexpr (kKeep) continue;
+        store(rest_[set] + i, s0 + (count0 - A(1))), store(rest_[set] + i + kLane, s1 + (count1 - A(1)));
       }
     }
   }
@@ -259,55 +272,90 @@ class PointSupervision {
     return (load(most_[1] + i) - load(most_[0] + i)) + (log(load(sum_[1] + i)) - log(load(sum_[0] + i)));
   }
 
-  // The logarithms of the sums over all classes, infinity after the block's last pixel; returns the objectness terms.
+  // log(1 + e) for 0 <= e <= 1, exact though the sum is rounded.
+  static V log_1p(V e) {
+    const V w = A(1) + e;
+    return log(w) + (e - (w - A(1))) / w;
+  }
+
+  // The log-odds of the largest logits `most` where the exponentials of all others after subtraction of it vanish.
+  V odds_beyond_range(int64_t i, V most) const {
+    V second = broadcast<A>(A(-__builtin_inf())), sum{};
+    const A* z = stage_.logits + i;
+    for (int64_t c = 0; c < maps_.classes; ++c, z += stage_.step) {
+      const V other = load(z);
+      second = (other < most) & (second < other) ? other : second;
+    }
+    z = stage_.logits + i;
+    for (int64_t c = 0; c < maps_.classes; ++c, z += stage_.step)
+      sum += load(z) == most ? V{} : exp_nonpositive(load(z) - second);
+    return (most - second) - log(sum);
+  }
+
+  // Rows of largest_, lost_ and top_rank_ for the vector of pixels from i on.
+  void rank_largest(int64_t i) {
+    constexpr A kLost = sizeof(A) == 8 ? A(0x1p-960) : A(0x1p-100);  // exponentials beside it may have vanished
+    V most = load(most_[0] + i), rest = load(rest_[0] + i);
+    if (has_objectness()) {
+      const V of_objects = load(most_[1] + i), distance = of_objects - most;
+      const V e = exp_nonpositive(distance < V{} ? distance : -distance);
+      rest = distance > V{} ? load(rest_[1] + i) + load(sum_[0] + i) * e : rest + load(sum_[1] + i) * e;
+      most = distance > V{} ? of_objects : most;
+    }
+    rest += most - most;  // NaN for infinity
+    V x = -log(rest);
+    if (lane_bits<A>(rest < broadcast<A>(kLost))) x = rest < broadcast<A>(kLost) ? odds_beyond_range(i, most) : x;
+    const V l = log_1p(rest < A(1) ? rest : A(1) / rest), lost = relu<A>(-x) + l;
+    store(largest_ + i, most);
+    store(lost_ + i, lost);
+    store(top_rank_ + i, x < V{} ? -lost : x + (l - A(kLog4)));
+  }
+
+  // Ranks the largest logits; returns the objectness terms.
   double normalise() {
     if (has_objectness()) stage_.load_plane(in_.objectness, prior_);
     double total = 0;
     V terms{};
     for (int64_t i = 0; i < stage_.padded; i += kLane) {
-      V most = load(most_[0] + i), log_sum = most + log(load(sum_[0] + i));
-      if (has_objectness()) {
-        const V u = object_log_odds(i), prior = load(prior_ + i);
-        const V e = exp_nonpositive(u < V{} ? u : -u), w = A(1) + e;
-        const V l = log(w) + (e - (w - A(1))) / w;  // log(1 + e), exact though w is rounded
-        const V up = relu<A>(u) + l, down = relu<A>(-u) + l;
-        log_sum += up;
-        const V one = broadcast<A>(A(1)), rest = one - prior;
-        // 0 * inf = 0
-        const V term = (prior == V{} ? V{} : prior * down) + (rest == V{} ? V{} : rest * up);
-        if (i + kLane <= stage_.count) {
-          terms += term;
-        } else {
-          for (int64_t lane = 0; lane < stage_.count - i; ++lane) total += term[lane];
-        }
+      rank_largest(i);
+      if (!has_objectness()) continue;
+      const V u = object_log_odds(i), prior = load(prior_ + i);
+      const V l = log_1p(exp_nonpositive(u < V{} ? u : -u)), up = relu<A>(u) + l, down = relu<A>(-u) + l;
+      const V one = broadcast<A>(A(1)), rest = one - prior;
+      // 0 * inf = 0
+      const V term = (prior == V{} ? V{} : prior * down) + (rest == V{} ? V{} : rest * up);
+      if (i + kLane <= stage_.count) {
+        terms += term;
+      } else {
+        for (int64_t lane = 0; lane < stage_.count - i; ++lane) total += term[lane];
       }
-      store(log_sum_ + i, log_sum);
     }
-    for (int64_t i = stage_.count; i < stage_.padded; ++i) log_sum_[i] = A(__builtin_inf());
+    for (int64_t i = stage_.count; i < stage_.padded; ++i) largest_[i] = A(__builtin_inf()), lost_[i] = A(0);
     for (int lane = 0; lane < kLane; ++lane) total += terms[lane];
     return total;
   }
 
-  // Of the block's pixels the first of the largest log S_c, if it is above best[kValue]; the first that is NaN, if any.
+  // Of the block's pixels the first of the largest rank of the class, if that is above best[kValue]; the first that is
+  // NaN, if any.
   void best_pixel(int64_t c, double* best) {
     const A* z = stage_.logits + c * stage_.step;
     A value = A(best[kValue]);
     if (value != value) return;
-    V most = broadcast<A>(value);
-    V wrong{};
+    const V least = broadcast<A>(value);
+    decltype(least < least) found{};
     for (int64_t i = 0; i < stage_.padded; i += kLane) {
-      const V v = load(z + i) - load(log_sum_ + i);
-      most = most < v ? v : most;
-      wrong += v - v;  // infinite or NaN
+      const V distance = load(z + i) - load(largest_ + i);
+      const V rank = distance == V{} ? load(top_rank_ + i) : distance - load(lost_ + i);
+      found |= (rank > least) | (rank != rank);
     }
-    if (!lane_bits<A>(most > broadcast<A>(value)) && !lane_bits<A>(wrong != wrong)) return;
+    if (!lane_bits<A>(found)) return;
     for (int64_t i = 0; i < stage_.count; ++i) {
-      const A v = z[i] - log_sum_[i];
-      if (v <= value) continue;
-      value = v;
-      best[kValue] = double(v);
+      const A distance = z[i] - largest_[i], rank = distance == A(0) ? top_rank_[i] : distance - lost_[i];
+      if (rank <= value) continue;
+      value = rank;
+      best[kValue] = double(rank);
       best[kPixel] = double(stage_.first + i);
-      if (v != v) return;
+      if (rank != rank) return;
     }
   }
 

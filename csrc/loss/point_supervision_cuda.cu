@@ -7,6 +7,7 @@ namespace pyseg::loss {
 cudaError_t launch_point_supervision(const SegmentationArgs& a, const PointSupervisionArgs& p, cudaStream_t stream) {
   const int units = static_cast<int>(units_of_image(a));
   const int64_t rows = (a.images * a.classes + kWarps - 1) / kWarps;
+  if (rows >= int64_t{1} << 31) return cudaErrorInvalidValue;
   const cudaError_t error = with_logits(a.logits_type, [&](auto element) {
     using T = decltype(element);
     const size_t extra = point_shared_bytes(a.classes, sizeof(Accumulator<T>));

@@ -4,7 +4,7 @@
 // backward once too and the gradient written once; without objectness a tile's logits are read only where it holds a
 // point or a class's best pixel, and all other tiles are zeros. kThreads / P lanes share a pixel: they reduce the maxima
 // and the sums of exponentials of its two sets of classes by shuffles. Then a warp looks through a class's row for its
-// largest log S; only if some lane has found a larger one is the warp's first largest pixel looked for. A warp for each
+// largest rank; only if some lane has found a larger one is the warp's first largest pixel looked for. A warp for each
 // image and class chooses among the blocks' pixels and computes the class's log-odds there; a block for each image adds
 // up. Sums in a fixed order, no atomics: deterministic. Labels out of range make the image's point term NaN.
 #pragma once
@@ -14,7 +14,7 @@
 
 namespace pyseg::loss {
 
-// Behind a Block's shared memory. Of every class, forward: the largest log S so far, its pixel of the unit, its points,
+// Behind a Block's shared memory. Of every class, forward: the largest rank so far, its pixel of the unit, its points,
 // whether it is an object. Backward: its best pixel if that is in the unit, else -1, and there the largest of the other
 // classes' logits, the gradient of the class's own and, before exp(z - most), of the others'.
 template <typename A>
@@ -59,11 +59,12 @@ __device__ __forceinline__ bool precedes(A v, I at, A other, I other_at) {
   return v > other || ((nan || v == other) && at < other_at);
 }
 
-// The largest logit and the sum of exponentials of each set of classes; without objectness all are in the second.
+// The largest logit and the sum of exponentials of each set of classes; without objectness all are in the second. Also,
+// in `rest`, that sum without one of the largest: these are counted, since beside a 1 small exponentials would be lost.
 template <typename A>
 struct PixelSums {
   A most_objects = A(-INFINITY), most = A(-INFINITY);
-  A objects = A(0), sum = A(0);
+  A objects = A(0), sum = A(0), rest_objects = A(0), rest = A(0);
 
   // The log-odds of the objects together.
   __device__ A log_odds() const { return (most_objects - most) + (logarithm(objects) - logarithm(sum)); }
@@ -86,17 +87,69 @@ __device__ __forceinline__ PixelSums<Accumulator<T>> pixel_sums(const Block<T, k
     s.most_objects = max(s.most_objects, __shfl_xor_sync(kAllLanes, s.most_objects, mask));
     s.most = max(s.most, __shfl_xor_sync(kAllLanes, s.most, mask));
   }
+  A most_counts = A(0), object_counts = A(0);
   for (int c = block.own_class(); c < classes; c += block.lanes()) {
-    const A e = exponential(block.logit(c, pixel) - (object[c] ? s.most_objects : s.most));
+    const A z = block.logit(c, pixel), most = object[c] ? s.most_objects : s.most;
+    const A e = z == most ? A(0) : exponential(z - most), count = z == most ? A(1) : A(0);
     if (object[c]) {
-      s.objects += e;
+      s.rest_objects += e;
+      object_counts += count;
     } else {
-      s.sum += e;
+      s.rest += e;
+      most_counts += count;
     }
   }
-  s.objects = block.sum_of_pixel(s.objects);
-  s.sum = block.sum_of_pixel(s.sum);
+  s.rest_objects = block.sum_of_pixel(s.rest_objects);
+  s.rest = block.sum_of_pixel(s.rest);
+  object_counts = block.sum_of_pixel(object_counts);
+  most_counts = block.sum_of_pixel(most_counts);
+  s.objects = s.rest_objects + object_counts;
+  s.sum = s.rest + most_counts;
+  s.rest_objects += object_counts - A(1);
+  s.rest += most_counts - A(1);
   return s;
+}
+
+// Of a pixel's largest logit: itself, -log of its S, its rank.
+template <typename A>
+struct LargestLogit {
+  A logit, lost, rank;
+};
+
+template <typename T, bool kShared>
+__device__ __forceinline__ LargestLogit<Accumulator<T>> largest_logit(const Block<T, kShared>& block,
+                                                                      const PixelSums<Accumulator<T>>& sums,
+                                                                      bool objectness, int pixel) {
+  using A = Accumulator<T>;
+  constexpr A kLost = sizeof(A) == 8 ? A(0x1p-960) : A(0x1p-100);  // exponentials beside it may have vanished
+  A most = sums.most, rest = sums.rest;
+  if (objectness) {
+    const A distance = sums.most_objects - most, e = exponential(-abs(distance));
+    rest = distance > A(0) ? sums.rest_objects + sums.sum * e : rest + sums.objects * e;
+    most = distance > A(0) ? sums.most_objects : most;
+  }
+  rest += most - most;  // NaN for infinity
+  A x = -logarithm(rest);
+  if (rest < kLost) {
+    A second = A(-INFINITY), sum = A(0);
+    for (int c = 0; c < block.a.classes; ++c) {
+      const A z = block.logit(c, pixel);
+      if (z < most) second = max(second, z);
+    }
+    for (int c = 0; c < block.a.classes; ++c) {
+      const A z = block.logit(c, pixel);
+      if (z != most) sum += exponential(z - second);
+    }
+    x = (most - second) - logarithm(sum);
+  }
+  const A l = logarithm_1p(rest < A(1) ? rest : A(1) / rest), lost = max(-x, A(0)) + l;
+  return {most, lost, x < A(0) ? -lost : x + (l - A(kLog4))};
+}
+
+// Of a logit against the others' largest one and the sum of their exponentials after that; NaN for infinity.
+template <typename A>
+__device__ __forceinline__ A log_odds_of(A own, A most, A sum) {
+  return own < A(INFINITY) ? (own - most) - logarithm(sum) : A(nan(""));
 }
 
 // A class at a pixel against the others: its log-odds, their largest logit, the sum of their exponentials after that.
@@ -116,7 +169,7 @@ __device__ __forceinline__ OneAgainstOthers<Accumulator<T>> against_others(const
     if (k != c) most = max(most, widen(logits[block.index(k, pixel)]));
   for (int k = 0; k < block.a.classes; ++k)
     if (k != c) sum += exponential(widen(logits[block.index(k, pixel)]) - most);
-  return {(widen(logits[block.index(c, pixel)]) - most) - logarithm(sum), most, sum};
+  return {log_odds_of(widen(logits[block.index(c, pixel)]), most, sum), most, sum};
 }
 
 // The sum over a block of each of kCount doubles, in all threads.
@@ -171,14 +224,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const PixelSums<A> sums = pixel_sums(block, s.object, pixel, on_map ? a.classes : 0);
     bool labelled = false;
     if (on_map && block.own_class() == 0) {
-      A log_sum = sums.most + logarithm(sums.sum);
+      const LargestLogit<A> largest = largest_logit(block, sums, p.objectness != nullptr, pixel);
+      block.s.most[pixel] = largest.logit;
+      block.s.log_sum[pixel] = largest.lost;
+      block.s.scale[pixel] = largest.rank;
       if (p.objectness) {
         const A u = sums.log_odds(), up = softplus(u);
         const A prior = load_number<A>(p.objectness, p.objectness_type, block.image * a.pixels + block.first + pixel);
-        log_sum += up;
         rest[kObjectnessSum] += double(product(prior, softplus(-u)) + product(A(1) - prior, up));
       }
-      block.s.log_sum[pixel] = log_sum;
       const int label = block.s.label[pixel];
       labelled = label >= 0;
       if (labelled) {
@@ -195,7 +249,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       int at = s.at[c];
       bool found = false;
       for (int i = lane; i < block.count; i += 32) {
-        const A v = block.logit(c, i) - block.s.log_sum[i];
+        const A distance = block.logit(c, i) - block.s.most[i];
+        const A v = distance == A(0) ? block.s.scale[i] : distance - block.s.log_sum[i];
         if (!precedes(v, offset + i, value, at)) continue;
         value = v;
         at = offset + i;
@@ -298,7 +353,7 @@ __global__ void __launch_bounds__(kThreads)
   double* kept = p.kept + row * kPointKept;
   kept[kBestPixel] = at;
   kept[kPresence] = presence;
-  kept[kLogOdds] = double((logit(c) - most) - logarithm(sum));
+  kept[kLogOdds] = double(log_odds_of(logit(c), most, sum));
   kept[kMostOther] = double(most);
   kept[kSumOther] = double(sum);
 }

@@ -5,6 +5,9 @@
 //   P softplus(-u) + (1 - P) softplus(u);  d / dz_c = (sigmoid(u) - P) softmax_O(z)_c in O, minus the same of the rest
 // With x_c = z_c - log sum_{k != c} exp z_k, the log-odds of S_c, -log S_c = softplus(-x_c) and -log(1 - S_c) =
 // softplus(x_c); dx_c / dz_k = [k = c] - [k != c] exp z_k / sum_{j != c} exp z_j. Nothing is subtracted from 1.
+//
+// t_c, the pixel where S_c is largest, is that of the largest rank: log S_c where S_c <= 1/2; where it is larger, so that
+// c alone has the pixel's largest logit, softplus(x_c) - log 4, which still grows where log S_c would round to 0.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +30,8 @@ enum PointTerm {
 // What the backward pass needs of a class: the pixel t_c where S is largest; 1 present, 0 absent, -1 neither; and there x_c,
 // the largest logit of the other classes and the sum of their exponentials after it has been subtracted.
 enum PointKept { kBestPixel, kPresence, kLogOdds, kMostOther, kSumOther, kPointKept };
+
+constexpr double kLog4 = 1.3862943611198906;
 
 constexpr int64_t kMostPointClasses = 1024;  // of which a block on CUDA devices holds a best pixel each
 

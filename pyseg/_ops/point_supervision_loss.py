@@ -1,4 +1,4 @@
-"""Fake kernels and autograd of `pyseg::point_supervision_loss`.
+"""Fake kernels, autograd and vmap of `pyseg::point_supervision_loss`.
 
 The operator returns an image's sums, [N, 7] float64 (COLUMNS), of which the four terms have a gradient, with respect to
 the logits only; and what its backward pass needs of every class, [N, C, 5]. Autocast changes nothing: 16-bit logits are
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyseg._ops.batched import register_vmap
 from pyseg._ops.segmentation_statistics import (
     FLOATS,
     INTEGERS,
@@ -24,15 +25,26 @@ from pyseg._ops.segmentation_statistics import (
 
 COLUMNS = ("PRESENT", "ABSENT", "POINT", "OBJECTNESS", "PRESENT_COUNT", "ABSENT_COUNT", "POINT_COUNT")
 _KEPT = 5  # of a class: csrc/loss/point_supervision_math.h
+_MOST_CLASSES = 1024
 
 _FORWARD = torch.ops.pyseg.point_supervision_loss.default
 _BACKWARD = torch.ops.pyseg._point_supervision_loss_backward.default
 
 
 def _check_arguments(
-    op: str, logits: Tensor, target: Tensor, point_weight: Tensor | None, objectness: Tensor | None
+    op: str,
+    logits: Tensor,
+    target: Tensor,
+    point_weight: Tensor | None,
+    objectness: Tensor | None,
+    image_labels: Tensor | None,
+    background: Sequence[int],
 ) -> None:
     check_logits(op, logits, "softmax")
+    classes = logits.shape[1]
+    sizes = f"logits must have 2 to {_MOST_CLASSES} classes, got {list(logits.shape)}"
+    check(op, classes >= 2, sizes)
+    check(op, classes <= _MOST_CLASSES, sizes)
     check_target(op, target, logits)
     pixels = [logits.shape[0], *logits.shape[2:]]
     check_shape(op, "target", target, pixels)
@@ -41,6 +53,16 @@ def _check_arguments(
             check(op, weight.dtype in FLOATS, f"{name} must be of floating point, got {weight.dtype}")
             check(op, weight.device == logits.device, f"{name} must be on {logits.device} like logits")
             check_shape(op, name, weight, pixels)
+    if image_labels is not None:
+        check(op, image_labels.dtype in INTEGERS, f"image_labels must be of integers or bool, got {image_labels.dtype}")
+        check(op, image_labels.device == logits.device, f"image_labels must be on {logits.device} like logits")
+        check_shape(op, "image_labels", image_labels, [logits.shape[0], classes])
+    some = f"background must name some of the classes 0 to {classes - 1}"
+    for c in background:
+        check(op, c >= 0, f"{some}, got {list(background)}")
+        check(op, c < classes, f"{some}, got {list(background)}")
+    check(op, len(background) > 0, f"{some} and not all, got {list(background)}")
+    check(op, len(set(background)) < classes, f"{some} and not all, got {list(background)}")
 
 
 def _fake_forward(
@@ -53,11 +75,8 @@ def _fake_forward(
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
     op = "point_supervision_loss"
-    _check_arguments(op, logits, target, point_weight, objectness)
+    _check_arguments(op, logits, target, point_weight, objectness, image_labels, background)
     images, classes = logits.shape[:2]
-    if image_labels is not None:
-        check(op, image_labels.dtype in INTEGERS, f"image_labels must be of integers or bool, got {image_labels.dtype}")
-        check_shape(op, "image_labels", image_labels, [images, classes])
     terms = logits.new_empty((images, len(COLUMNS)), dtype=torch.float64)
     return terms, logits.new_empty((images, classes, _KEPT), dtype=torch.float64)
 
@@ -73,7 +92,7 @@ def _fake_backward(
     kept: Tensor,
 ) -> Tensor:
     op = "_point_supervision_loss_backward"
-    _check_arguments(op, logits, target, point_weight, objectness)
+    _check_arguments(op, logits, target, point_weight, objectness, None, background)
     check_shape(op, "grad", grad, [logits.shape[0], len(COLUMNS)])
     check_shape(op, "kept", kept, [logits.shape[0], logits.shape[1], _KEPT])
     return empty_like_logits(logits)
@@ -98,3 +117,28 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
 
 torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)
 torch.library.register_autograd(_BACKWARD, no_double_backward("point_supervision_loss"))
+
+
+# ---- vmap: its examples are further images ----
+
+
+def _flattened(info: Any, tensors: Sequence[Tensor | None], in_dims: Sequence[int | None]) -> list[Tensor | None]:
+    rows = [
+        None if t is None else t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip(tensors, in_dims, strict=True)
+    ]
+    return [None if t is None else t.flatten(0, 1) for t in rows]
+
+
+def _batched_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    results = _FORWARD(*_flattened(info, arguments[:5], in_dims[:5]), *arguments[5:])
+    return tuple(each.unflatten(0, (info.batch_size, -1)) for each in results), (0, 0)
+
+
+def _batched_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    *tensors, kept = _flattened(info, (*arguments[:5], arguments[7]), (*in_dims[:5], in_dims[7]))
+    return _BACKWARD(*tensors, *arguments[5:7], kept).unflatten(0, (info.batch_size, -1)), 0
+
+
+register_vmap(_FORWARD, _batched_forward)
+register_vmap(_BACKWARD, _batched_backward)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 def point_supervision_loss(
@@ -23,13 +24,15 @@ def point_supervision_loss(
         points   -sum_{i in I_s} alpha_i log S_{i G_i}, alpha_i = point_weight, or 1/|I_s| where that is None
         L_obj    -1/|I| sum_i P_i log sum_{c in O} S_ic + (1 - P_i) log(1 - sum_{c in O} S_ic), P = objectness
 
-    Without image_labels L are the classes of an image's points, and the background.
+    Without image_labels L are the classes of an image's points, and the background. Probabilities are kept as their
+    log-odds x: log S = logsigmoid(x), log(1 - S) = logsigmoid(-x), so that none rounds to 1.
     """
-    s = logits.double().flatten(2).softmax(1)  # [N, C, pixels]
+    z = logits.double().flatten(2)  # [N, C, pixels]
     labels = target.flatten(1).long()
-    images, classes, pixels = s.shape
+    images, classes, pixels = z.shape
     objects = [c for c in range(classes) if c not in set(background)]
-    zero = s[:, :0].sum()  # depends on the logits, whatever there is to add up
+    zero = z[:, :0].sum()  # depends on the logits, whatever there is to add up
+    x = torch.stack([_log_odds(z, [c]) for c in range(classes)], 1)
     rows = []
     for n in range(images):
         supervised = (labels[n] != ignore_index).nonzero().flatten()
@@ -43,18 +46,24 @@ def point_supervision_loss(
         else:
             presence = [-1] * classes
 
-        present = [-torch.log(s[n, c].max()) for c in range(classes) if presence[c] > 0]
-        absent = [-torch.log(1 - s[n, c].max()) for c in range(classes) if presence[c] == 0]
+        present = [-logsigmoid(x[n, c].max(0).values) for c in range(classes) if presence[c] > 0]
+        absent = [-logsigmoid(-x[n, c].max(0).values) for c in range(classes) if presence[c] == 0]
         image = sum(present, zero) / max(len(present), 1) + sum(absent, zero) / max(len(absent), 1)
 
         point = zero
         for i in supervised.tolist():
             alpha = 1 / len(supervised) if point_weight is None else point_weight[n].flatten()[i].double()
-            point = point - alpha * torch.log(s[n, labels[n, i], i])
+            point = point - alpha * logsigmoid(x[n, labels[n, i], i])
 
         prior = zero
         if objectness is not None and pixels:
-            p, of_objects = objectness[n].flatten().double(), s[n, objects].sum(0)
-            prior = -(p * torch.log(of_objects) + (1 - p) * torch.log(1 - of_objects)).mean()
+            p, u = objectness[n].flatten().double(), _log_odds(z[n : n + 1], objects)[0]
+            prior = -(p * logsigmoid(u) + (1 - p) * logsigmoid(-u)).mean()
         rows.append(torch.stack([image, point, prior]))
     return torch.stack(rows) if rows else zero.expand(0, 3)
+
+
+def _log_odds(z: Tensor, chosen: Sequence[int]) -> Tensor:
+    """Of some classes' probability together, [N, pixels]."""
+    others = [c for c in range(z.shape[1]) if c not in set(chosen)]
+    return z[:, list(chosen)].logsumexp(1) - z[:, others].logsumexp(1)

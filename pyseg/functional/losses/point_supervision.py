@@ -56,13 +56,15 @@ def point_supervision_loss(
     Returns:
         float32 for 16-bit and float32 logits, float64 for float64.
 
-    Everything is computed from logarithms of sums, so probabilities that round to 0 or 1 have exact losses and finite
-    gradients. Infinite logits and NaN make the loss of their image NaN. Labels out of range raise RuntimeError on the
-    CPU and make the loss of their image NaN on CUDA; wrong shapes and dtypes raise RuntimeError, unknown names
-    ValueError.
+    Everything is computed from log-odds: probabilities that round to 0 or 1 have their losses and finite gradients, up
+    to the rounding of log-odds, and t_c is found among them. A logit of -inf is a class that a pixel cannot have; NaN,
+    inf, and -inf for all classes but one, or with objectness for all objects or all of the background, make each term
+    that looks at the pixel NaN (the image-level one looks at all). Labels out of range raise RuntimeError on the CPU
+    and make the loss of their image NaN on CUDA; wrong shapes and dtypes raise RuntimeError, unknown names ValueError.
 
     One pass over the logits forward, O(N C S), and O(N C^2) for the pixels t_c; the backward pass reads them once more,
-    or without objectness only where there are points. Neither holds a map. The same bits in every run, on the CPU for
+    or without objectness only near points and pixels t_c. Beside the gradient neither holds a map as large as the
+    input; a target of int8 takes the place of None. The same bits in every run, on the CPU for
     any number of threads. Only `input` has a gradient, which cannot be differentiated again.
     """
     name = "point_supervision_loss"
@@ -98,19 +100,24 @@ def points_to_labels(
     r"""A list of annotated points as `target` and `point_weight` of point_supervision_loss.
 
     Args:
-        points: integers [K, 2 + D], rows of image, class and D coordinates (row and column, in pixels from 0).
+        points: integers [K, 2 + D], rows of image, class and D coordinates (row and column, in pixels from 0); [0, 2 +
+            D] where there are none.
         size: of the maps: (N, *S) with D spatial dimensions.
         weight: alpha [K] of the points, of floating point.
         ignore_index: the label of all other pixels; negative.
 
     Returns:
         Labels [N, *S] int64, and weights [N, *S] (0 elsewhere) or None. Of several points at one pixel the largest
-        class and the largest weight count. Raises ValueError for wrong shapes, and RuntimeError for points outside
-        of the maps, on the CPU and in eager mode; elsewhere torch's index check does.
+        class and the largest weight count. Raises ValueError for wrong shapes and dtypes, and RuntimeError for points
+        outside of the maps, on the CPU and in eager mode; elsewhere torch's index check does.
     """
     name = "points_to_labels"
     if points.dim() != 2 or points.shape[1] != len(size) + 1:
         raise ValueError(f"{name}: points must be [K, {len(size) + 1}], got {list(points.shape)}")
+    if points.dtype.is_floating_point or points.dtype.is_complex or points.dtype == torch.bool:
+        raise ValueError(f"{name}: points must be of integers, got {points.dtype}")
+    if weight is not None and not weight.dtype.is_floating_point:
+        raise ValueError(f"{name}: weight must be of floating point, got {weight.dtype}")
     if ignore_index >= 0:
         raise ValueError(f"{name}: ignore_index must be negative, got {ignore_index}")
     if weight is not None and weight.shape != points.shape[:1]:
