@@ -114,6 +114,12 @@ def em_step(
         raise RuntimeError(
             f"em_step: masks must be {[logits.shape[0], *logits.shape[2:]]} like the logits, got {list(masks.shape)}"
         )
+    if masks is not None and (masks.is_floating_point() or masks.is_complex()):
+        raise RuntimeError(f"em_step: masks must be of integers, got {masks.dtype}")
+    if valid is not None and (valid.shape != (logits.shape[0], *logits.shape[2:]) or valid.dtype != torch.bool):
+        raise RuntimeError(
+            f"em_step: valid must be bool {[logits.shape[0], *logits.shape[2:]]}, got {valid.dtype} {list(valid.shape)}"
+        )
     if strong is not None and (masks is None or strong.shape != logits.shape[:1] or strong.dtype != torch.bool):
         raise RuntimeError(
             f"em_step: strong must be bool [{logits.shape[0]}] and come with masks, "

@@ -66,6 +66,11 @@ def test_em_step_errors():
         RuntimeError, match=r"^em_step: strong must be bool \[3\] and come with masks, got .*int64 \[3\]"
     ):
         em_step(model, images, present, masks=masks, strong=torch.ones(3, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r"^em_step: masks must be of integers, got torch.float32$"):
+        em_step(model, images, present, masks=masks.float())
+    for valid, got in ((masks, r"torch.int64 \[3, 9, 8\]"), (masks[0] == 0, r"torch.bool \[9, 8\]")):
+        with pytest.raises(RuntimeError, match=rf"^em_step: valid must be bool \[3, 9, 8\], got {got}$"):
+            em_step(model, images, present, valid=valid)
     with pytest.raises(RuntimeError, match=r"^em_step: strong must be bool \[3\] .* \[3\] without$"):
         em_step(model, images, present, strong=torch.ones(3).bool())
 
