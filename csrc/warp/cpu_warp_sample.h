@@ -115,11 +115,11 @@ void sample(const T* from, int64_t extent, const WarpTaps<A, Index, kDims>& taps
   }
 }
 
-// value * gain + bias with what lies outside the image filled in.
+// value * gain + bias with what lies outside the image filled in: there alone, whatever `fill` is.
 template <typename A>
 void finish(const A* outside, A fill, A gain, A bias, int n, A* value) {
   if (outside != nullptr)
-    for (int i = 0; i < n; ++i) value[i] = value[i] + outside[i] * fill;
+    for (int i = 0; i < n; ++i) value[i] = outside[i] != A(0) ? value[i] + outside[i] * fill : value[i];
   if (gain != A(1) || bias != A(0))
     for (int i = 0; i < n; ++i) value[i] = value[i] * gain + bias;
 }

@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(Accumulator<T>) == 8 ? 2 
       const auto plane = [&](const T* p) { return blended<A>(row(p), low[kY], row(p + step[kY]), high[kY]); };
       A value = plane(from);
       if constexpr (kDims == 3) value = blended<A>(value, low[0], plane(from + step[0]), high[0]);
-      if (map.axes.constant) value = value + outside * map.fill;
+      if (outside != A(0)) value = value + outside * map.fill;
       const int64_t factor = pixel.image * map.channels + c;
       if (map.gain != nullptr) value = value * __ldg(map.gain + factor);
       if (map.bias != nullptr) value = value + __ldg(map.bias + factor);

@@ -99,6 +99,7 @@ template <typename A>
 PYSEG_WARP_INLINE A reflected(const ImageAxis<A>& axis, A at) {
   constexpr A kFar = A(1 << 30);
   A distance = at < A(0) ? -at : at;
+  distance = at == at ? distance : A(0);
   distance = distance < kFar ? distance : kFar;
   const A rest = distance - A(int32_t(distance * axis.inverse)) * axis.period, back = axis.period - rest;
   return clamped(axis, rest < back ? rest : back);
@@ -119,14 +120,16 @@ PYSEG_WARP_INLINE A hat(A distance, A reach) {
   return weight > A(0) ? weight : A(0);
 }
 
-// The nearest element, of two as near the higher one; outside where there is none within half an element.
+// The nearest element, of two as near the higher one; outside where there is none within half an element. Nothing is
+// added to a place, which would round: above 2^23 a float has no halves, and 0.49999997f + 0.5f is 1.
 template <typename A>
 PYSEG_WARP_INLINE bool is_inside(const ImageAxis<A>& axis, A at) {
-  return at >= A(-0.5) && at < axis.last + A(0.5);
+  return at >= A(-0.5) && at - axis.last < A(0.5);
 }
 template <typename A>
 PYSEG_WARP_INLINE int32_t nearest_element(const ImageAxis<A>& axis, A at) {
-  const int32_t element = int32_t(at + A(0.5)), last = int32_t(axis.last);
+  const int32_t tap = int32_t(at), last = int32_t(axis.last);
+  const int32_t element = tap + int32_t(at - A(tap) >= A(0.5));
   const int32_t most = element < last ? element : last;
   return most > 0 ? most : 0;
 }

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyseg.functional.warp_to_view import _image
+from pyseg.functional.warp_to_view import _each, _image
 
 Mode = Literal["bayes", "sum", "max"]
 _MODES = ("bayes", "sum", "max")
@@ -81,17 +81,33 @@ def warp_and_fuse(
         scores: [K * V, C, H, W] of the frames: logits, or with from_logits=False probabilities.
         depth: [K, 1, H', W'] or [K, H', W'] of the keyframes.
         key_intrinsics: [K, 3, 3]; the others, source_depth and the tolerances, as in warp_to_view, are of the frames.
+            One matrix stands for all, as there.
         key_scores: [K, C, H', W'] of the keyframes themselves, one more view, valid everywhere.
         mode, from_logits: as in fuse_views.
 
-    Differentiable in the scores.
+    Differentiable in the scores. 16-bit scores are widened to float32 first and no sum is rounded to 16 bits.
+
+    Raises:
+        ValueError, or RuntimeError as warp_to_view: an argument that does not fit.
     """
     op = "warp_and_fuse"
     _check_mode(op, mode)
-    depth = _image(op, "depth", depth, depth.shape[0])
+    if scores.dim() != 4:
+        raise ValueError(f"{op}: scores must be [K * V, C, H, W], got {list(scores.shape)}")
+    frames = scores.shape[0]
+    depth = _image(op, "depth", depth, depth.shape[0] if depth.dim() > 0 else 1)
+    keys = depth.shape[0]
+    if frames % max(keys, 1) or frames > keys == 0:
+        raise ValueError(f"{op}: scores must have as many frames of each of {keys} keyframes, got {frames}")
+    expected = [keys, scores.shape[1], *depth.shape[1:]]
+    if key_scores is not None and list(key_scores.shape) != expected:
+        raise ValueError(f"{op}: key_scores must be {expected}, got {list(key_scores.shape)}")
+    key_intrinsics = _each(op, "key_intrinsics", key_intrinsics, keys)
+    source_intrinsics = _each(op, "source_intrinsics", source_intrinsics, frames)
+    pose = _each(op, "pose", pose, frames)
     if source_depth is not None:
-        source_depth = _image(op, "source_depth", source_depth, scores.shape[0])
-    values = _summand(scores, mode, from_logits, wide=False)
+        source_depth = _image(op, "source_depth", source_depth, frames)
+    values = _summand(scores, mode, from_logits)
     own = None if key_scores is None else _summand(key_scores, mode, from_logits)
 
     def warped(step: int, first: int) -> Tensor:
@@ -100,12 +116,12 @@ def warp_and_fuse(
         some, cameras, poses, measured = (None if t is None else t[first::step] for t in each)
         arguments = (some, depth, key_intrinsics, cameras, poses, measured, absolute_tolerance, relative_tolerance)
         total: Tensor = torch.ops.pyseg.warp_to_view(*arguments)[0]
-        return total.float() if total.dtype in (torch.float16, torch.bfloat16) else total
+        return total
 
-    if mode != "max":
+    views = frames // max(keys, 1)
+    if mode != "max" or views == 0:
         total = warped(1, 0)
         return _normalised(total if own is None else total + own, mode)
-    views = scores.shape[0] // max(depth.shape[0], 1)
     total = warped(views, 0) if own is None else torch.maximum(own, warped(views, 0))
     for view in range(1, views):
         total = torch.maximum(total, warped(views, view))
@@ -117,12 +133,12 @@ def _check_mode(op: str, mode: str) -> None:
         raise ValueError(f"{op}: mode must be one of {', '.join(_MODES)}, got {mode}")
 
 
-def _summand(scores: Tensor, mode: str, from_logits: bool, wide: bool = True) -> Tensor:
+def _summand(scores: Tensor, mode: str, from_logits: bool) -> Tensor:
     """What is added up over the views, or compared."""
-    if wide and scores.dtype in (torch.float16, torch.bfloat16):
+    if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     if mode == "bayes":
-        return scores if from_logits else scores.log().clamp_min(_LEAST_LOG)
+        return scores if from_logits else _log(scores)
     return scores.softmax(1) if from_logits else scores
 
 
@@ -130,5 +146,11 @@ def _normalised(total: Tensor, mode: str) -> Tensor:
     if mode == "bayes":
         return total.log_softmax(1)
     mass = total.sum(1, keepdim=True)
-    total = torch.where(mass > 0, total, total.new_ones(()))
-    return (total / total.sum(1, keepdim=True)).log().clamp_min(_LEAST_LOG)
+    total = torch.where(mass == 0, 1.0, total)  # NaN stays
+    return _log(total / total.sum(1, keepdim=True))
+
+
+def _log(p: Tensor) -> Tensor:
+    """log p, at least -100. What is 0, or so small that 1 / p overflows, gets the gradient 0."""
+    small = p < torch.finfo(p.dtype).tiny
+    return torch.where(small, p.detach().log(), torch.where(small, 1.0, p).log()).clamp_min(_LEAST_LOG)

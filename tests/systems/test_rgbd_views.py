@@ -45,6 +45,31 @@ def test_fuse_views_gradient(mode):
     assert torch.autograd.gradcheck(lambda s: fuse_views(s, valid, mode), scores.requires_grad_())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_where_a_probability_is_0(mode):
+    """Of probabilities 0 and of logits 95 (1 / p overflows) and 200 apart: finite, and the values end at -100."""
+    valid = torch.ones(2, 1, 1, 2, dtype=torch.bool)
+    p = torch.tensor([[1.0, 0.3], [0.0, 0.7]]).reshape(1, 2, 1, 2).repeat(2, 1, 1, 1, 1).requires_grad_()
+    logits = torch.tensor([[0.0, 0.0], [-95.0, -200.0]]).reshape(1, 2, 1, 2).repeat(2, 1, 1, 1, 1).requires_grad_()
+    for scores, from_logits in ((p, False), (logits, True)):
+        y = fuse_views(scores, valid, mode, from_logits)
+        assert y.min() >= (-400 if mode == "bayes" else -100)
+        for of_class in y.unbind(1):
+            (grad,) = torch.autograd.grad(of_class.sum(), scores, retain_graph=True)
+            assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_is_not_lost(mode, from_logits):
+    scores, valid = views(2, images=1)
+    valid[:] = True
+    scores = scores if from_logits else scores.softmax(2)
+    scores[0, 0, 1, 2, 3] = torch.nan
+    got = fuse_views(scores, valid, mode, from_logits).isnan().any(1)
+    assert got[0, 2, 3] and got.sum() == 1
+
+
 def test_fusion_of_two_views_by_hand():
     """Votes of 0.6 and 0.9 for the first of two classes: 0.54 against 0.04, 1.5 against 0.5, 0.9 against 0.4."""
     p = torch.tensor([[0.6, 0.4], [0.9, 0.1]]).reshape(2, 1, 2, 1, 1)
@@ -101,6 +126,31 @@ def test_warp_and_fuse(mode, from_logits, own):
     grad = torch.randn(got.shape, generator=g, dtype=DOUBLE)
     gradients = (torch.autograd.grad(y, scores, grad)[0] for y in (got, expected))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_warp_and_fuse_of_few_views(mode):
+    """One camera for all frames; 16 bits are widened before anything is added up; no frames at all."""
+    g = torch.Generator().manual_seed(1)
+    scores = torch.randn(6, 5, 4, 6, generator=g).bfloat16()
+    own = torch.randn(2, 5, 4, 6, generator=g)
+    depth = 2 + torch.rand(2, 1, 4, 6, generator=g)
+    k, pose = torch.tensor([[5.0, 0, 2.5], [0, 5, 1.5], [0, 0, 1]]), torch.eye(4)
+    got = warp_and_fuse(scores, depth, k, k, pose, mode=mode)
+    each = (k.expand(2, 3, 3), k.expand(6, 3, 3), pose.expand(6, 4, 4))
+    assert torch.equal(got, warp_and_fuse(scores.float(), depth, *each, mode=mode))
+    alone = warp_and_fuse(scores[:0], depth, k, k, pose, key_scores=own, mode=mode)
+    torch.testing.assert_close(alone, own.log_softmax(1))
+    uniform = warp_and_fuse(scores[:0], depth, k, k, pose, mode=mode)
+    torch.testing.assert_close(uniform, torch.full_like(own, -math.log(5)))
+    for change, message in (
+        ({"scores": scores[:1]}, "warp_and_fuse: scores must have as many frames of each of 2 keyframes, got 1"),
+        ({"scores": scores[0]}, r"warp_and_fuse: scores must be \[K \* V, C, H, W\], got \[5, 4, 6\]"),
+        ({"key_scores": own[:1]}, r"warp_and_fuse: key_scores must be \[2, 5, 4, 6\], got \[1, 5, 4, 6\]"),
+    ):
+        arguments = {"scores": scores, "key_scores": own, **change}
+        with pytest.raises(ValueError, match=message):
+            warp_and_fuse(arguments["scores"], depth, k, k, pose, key_scores=arguments["key_scores"], mode=mode)
 
 
 def test_fusion_errors():
