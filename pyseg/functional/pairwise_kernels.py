@@ -239,7 +239,7 @@ class BoundLinks(Bound):
             rows = rows.repeat_interleave(links.row_starts.diff(), output_size=columns.shape[0])
             weights = weights * self.scale_out.flatten()[rows]
         if self.scale_in is not None:
-            weights = weights * self.scale_in.flatten()[columns]
+            weights = weights * self.scale_in.flatten()[columns.long()]
         return BoundLinks(self.compatibility, None, None, links._replace(weights=weights))
 
     def add_energy(self, base: Tensor, values: Tensor) -> Tensor:
