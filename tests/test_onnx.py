@@ -217,6 +217,7 @@ def test_what_has_no_form():
         (lambda x, b: F.roi_align(x, b, 2, mode="max"), (x, boxes), 'positive for mode "max", got -1'),
         (lambda x, b: F.roi_align(x, b, 2), (x, rotated), "sampling_ratio must be positive"),
         (lambda x, i: F.dense_crf(x, i, accuracy="high"), (x, rand(1, 3, 8, 8)), "needs a sparse product"),
+        (lambda f, _: F.permutohedral_lattice(f).weight, (rand(1, 6, 4), x), "at most 5 dimensions"),
     ):
         with pytest.raises(Exception) as raised:
             pyseg.export_onnx(Call(function), arguments)

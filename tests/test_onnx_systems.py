@@ -92,11 +92,50 @@ def test_warp_to_view():
     check(Call(function), [inputs])
 
 
+def same(name, *arguments):
+    """An operator and its decomposition, without any export."""
+    operator = getattr(torch.ops.pyseg, name).default
+    for got, want in zip(pyseg.export.decompositions()[operator](*arguments), operator(*arguments), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_views_of_keyframes():
+    """Added up: what warp_and_fuse asks for."""
+    key, source, pose = cameras(6)
+    depth, measured = 2 + rand(2, 5, 7).abs(), 2 + rand(6, 4, 1, seed=1).abs()
+    for dtype in (torch.float32, torch.bfloat16):
+        same("warp_to_view", rand(6, 3, 4, 1).to(dtype), depth, key[:2], source, pose, None, 0.05, 0.01)
+    same("warp_to_view", rand(6, 3, 4, 1), depth, key[:2], source, pose, measured, 1.0, 0.0)
+
+
 def warped(axes):
     shape, size = (7, 6, 5)[-axes:], (8, 9, 4)[-axes:]
     affine = F.warp_matrix(shape, size, rotation=torch.tensor([20.0, -70.0]), scale=1.2).float()
     labels = torch.randint(0, 4, (2, *shape), generator=torch.Generator().manual_seed(0))
     return size, (rand(2, 3, *shape), labels, affine, rand(2, axes, *(3, 2, 4)[-axes:], seed=1))
+
+
+@pytest.mark.parametrize("border", ["reflect", "replicate", "constant"])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_warps(axes, border):
+    """Far beyond the image, sides of one element, NaN in places and elements, every type of labels."""
+    size, (image, labels, affine, displacement) = warped(axes)
+    image[0, 0, 0, 0], affine[0, 0, 0] = torch.nan, 20.0
+    for cut in (labels, labels.to(torch.uint8), labels > 1, image[:, 1:]):
+        arguments = (affine, displacement, rand(2, 3), rand(2, 3), list(size), border, 0.5, border, 1, -0.75, True)
+        same("joint_warp", image.nan_to_num(2.0), cut, *arguments)
+    # One control point and one element along the first axis, in float64.
+    flat, points = image.double().nan_to_num(2.0)[:, :, :1], displacement.double()[:, :, :1]
+    options = (None, None, [1, *size[1:]], border, 3.0, border, 0, -0.5, False)
+    same("joint_warp", flat, None, affine.double(), points, *options)
+    options = (list(image.shape[2:]), border, 9.0, border, 0, -0.5, False)
+    plain = torch.eye(axes, axes + 1).repeat(2, 1, 1)
+    bytes = (image * 90).nan_to_num(7.0).abs().clamp(0, 255).to(torch.uint8)
+    same("joint_warp", bytes, None, plain * 0.7, None, rand(2, 3) + 1, None, *options)
+    # A NaN is copied by the identity, and reaches nothing else.
+    same("joint_warp", image, labels, plain, None, None, None, *options)
+    plain[1, 0, 0] = torch.nan
+    same("joint_warp", image[1:], labels[1:], plain[1:], None, None, None, *options)
 
 
 def test_joint_warp():

@@ -155,10 +155,16 @@ def warp_to_view(
     absolute_tolerance: float,
     relative_tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    """Geometry in float64, as the kernels'; elements by gathers."""
+    """Geometry in float64, as the kernels'; elements by gathers; the views of a keyframe added up."""
     height, width = scores.shape[2:]
-    matrix, shift = _projection(key_intrinsics.double(), source_intrinsics.double(), pose.double())
-    z = depth.double()
+    keys = depth.shape[0]
+    views = scores.shape[0] // max(keys, 1)
+
+    def of_views(tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(1).expand(-1, views, *tensor.shape[1:]).flatten(0, 1)
+
+    matrix, shift = _projection(of_views(key_intrinsics.double()), source_intrinsics.double(), pose.double())
+    z = of_views(depth.double())
     v = torch.arange(depth.shape[1], dtype=torch.float64, device=depth.device).view(-1, 1)
     u = torch.arange(depth.shape[2], dtype=torch.float64, device=depth.device)
     m = matrix.view(-1, 3, 3, 1, 1)
@@ -182,7 +188,8 @@ def warp_to_view(
         (1 - x_share) * _elements(maps, [row, left]) + x_share * _elements(maps, [row, right]) for row in (top, bottom)
     )
     warped = torch.where(seen.unsqueeze(1), (1 - y_share) * upper + y_share * lower, 0)
-    return warped.to(scores.dtype), seen.to(torch.uint8)
+    total = warped.reshape(keys, views, *warped.shape[1:]).sum(1)
+    return total.to(scores.dtype), seen.reshape(keys, views, *depth.shape[1:]).to(torch.uint8).sum(1).to(torch.uint8)
 
 
 def _projection(key: Tensor, source: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
