@@ -207,7 +207,7 @@ def test_nms():
         )
 
     k = {0: Dim("k")}
-    check(Call(function), [example(40, 0), example(23, 1), example(1, 2)], {"args": (k, k, k)})
+    check(Call(function), [example(40, 0), example(23, 1), example(1, 2)], {"args": (k, k, k)}, optimize=True)
 
 
 def test_what_has_no_form():
@@ -248,7 +248,7 @@ def test_confusion_matrix():
 
     n, h, w = Dim("n"), Dim("h", min=2), Dim("w", min=2)
     shapes = {"args": ({0: n, 2: h, 3: w}, {0: n, 1: h, 2: w})}
-    check(Call(function), [example(2, 9, 8), example(3, 5, 6)], shapes)
+    check(Call(function), [example(2, 9, 8), example(3, 5, 6)], shapes, optimize=True)
     wrong = example(2, 9, 8)
     wrong[1][1, 0, 0] = 7
     session = onnx_session(pyseg.export_onnx(Call(function), example(2, 9, 8), optimize=False))
@@ -332,7 +332,7 @@ def test_dense_crf():
     sizes = maps("n", "h", "w")
     examples = [scene(2, 12, 9), scene(1, 7, 10)]
     check(refined(iterations=1), examples, {"args": (sizes, sizes)}, tolerance=1e-4)
-    check(refined(output="labels", appearance=None), [scene(2, 12, 9)])
+    check(refined(output="labels", appearance=None), [scene(2, 12, 9)], optimize=True)
 
 
 def test_dense_crf_exact():
@@ -355,4 +355,4 @@ def test_permutohedral_lattice():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
     for d in (1, 3):
-        check(Call(function), [features(2, d, 30)], compare=sorted_counts)
+        check(Call(function), [features(2, d, 30)], compare=sorted_counts, optimize=d == 1)

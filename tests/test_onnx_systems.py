@@ -9,13 +9,12 @@ from onnx_cases import Call, check, maps, rand
 from pyseg import functional as F
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_fuse_query(normalize):
+def test_fuse_query():
     weight, bias = rand(4, 5 + 3 + 8, 1, 1, seed=1), rand(4, seed=2)
-    model = Call(lambda x, query: F.fuse_query(x, query, weight, bias, normalize=normalize, relu=normalize))
+    model = Call(lambda x, query: F.fuse_query(x, query, weight, bias, normalize=True, relu=True))
     sizes = maps("n", "h", "w")
     shapes = {"args": (sizes, {0: sizes[0]})}
-    check(model, [(rand(2, 5, 6, 7), rand(2, 3)), (rand(3, 5, 4, 9), rand(3, 3))], shapes, optimize=normalize)
+    check(model, [(rand(2, 5, 6, 7), rand(2, 3)), (rand(3, 5, 4, 9), rand(3, 3))], shapes, optimize=True)
 
 
 def test_valves():
@@ -48,7 +47,9 @@ def test_sparse_pairwise():
         return rand(2, 3, 3, 4, seed=seed), *F.pixel_links(starts, columns, rand(count, seed=seed))
 
     links = {0: Dim("links")}
-    check(model, [example(40, 0), example(7, 1)], {"args": (None, links, None, links, None, links, links)})
+    check(
+        model, [example(40, 0), example(7, 1)], {"args": (None, links, None, links, None, links, links)}, optimize=True
+    )
 
 
 def transposed(x, links):
@@ -139,29 +140,18 @@ def test_warps(axes, border):
 
 
 def test_joint_warp():
-    """Soft labels, bytes and bool; each border."""
+    """What the decomposition above becomes: displaced, with labels; and bytes with bool."""
     size, inputs = warped(2)
 
-    def function(image, labels, affine):
-        soft, values = image[:, :2] * 2, (image * 90).clamp(0, 255).to(torch.uint8)
-        return (
-            *F.joint_warp(image, soft, affine, size=size, bias=0.5, label_border="constant"),
-            *F.joint_warp(values, labels > 1, affine, size=size, border="replicate", ignore_index=1),
-        )
+    def displaced(*arguments):
+        return F.joint_warp(*arguments, size=size, border="constant", fill=2.0, ignore_index=9)
 
-    check(Call(function), [inputs[:3]], optimize=True)
+    def turned(values, mask, affine):
+        return F.joint_warp(values, mask, affine, size=size, border="replicate", ignore_index=1)
 
-
-def test_joint_warp_of_volumes():
-    """Displaced."""
-    size, inputs = warped(3)
-
-    def function(image, labels, affine, displacement):
-        gain = image[:, :, 0, 0, 0]
-        options = {"size": size, "border": "constant", "fill": 2.0, "ignore_index": 9, "gain": gain}
-        return F.joint_warp(image, labels, affine, displacement, **options)
-
-    check(Call(function), [inputs])
+    check(Call(displaced), [inputs])
+    image, labels, affine, _ = inputs
+    check(Call(turned), [((image * 90).clamp(0, 255).to(torch.uint8), labels > 1, affine)], optimize=True)
 
 
 def test_expectation_labels():
