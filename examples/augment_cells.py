@@ -1,7 +1,7 @@
 """Draws what U-Net's augmentation does to an image and its cells, with the border weights of both.
 
-    python examples/augment_cells.py                       # stained nuclei of scikit-image
-    python examples/augment_cells.py --seed 7 --sigma 15 -o augmented.png
+    .venv/bin/python examples/augment_cells.py                       # stained nuclei of scikit-image
+    .venv/bin/python examples/augment_cells.py --seed 7 --sigma 15 -o augmented.png
 
 The image is scikit-image's `immunohistochemistry`; its nuclei are found by stain separation, Otsu's threshold and a
 watershed, as in train_unet_cells.py. Each column of the picture is one random deformation (Ronneberger et al. 2015,

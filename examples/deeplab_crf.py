@@ -1,7 +1,7 @@
 """Trains DeepLab v3 with a CRF as its last layer on drawn scenes, and says what the CRF adds.
 
-    python examples/deeplab_crf.py                          # about two minutes on two cores
-    python examples/deeplab_crf.py --backbone resnet50 --steps 120 -o scene.png
+    .venv/bin/python examples/deeplab_crf.py                          # about two minutes on two cores
+    .venv/bin/python examples/deeplab_crf.py --backbone resnet50 --steps 120 -o scene.png
 
 `pyseg.models.deeplab`: a dilated ResNet-18 at output stride 8, atrous spatial pyramid pooling, bilinear upsampling and
 `pyseg.nn.CRFasRNN` (Zheng et al. 2015), on the scenes of fastfcn.py. As in the paper the network learns first and then,

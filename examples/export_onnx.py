@@ -1,7 +1,7 @@
 """Exports an accelerated network to torch.export and to ONNX, runs both on a photograph, and compares.
 
-    python examples/export_onnx.py                          # a minute or two on two cores
-    python examples/export_onnx.py my.jpg --folder models -o masks.png
+    .venv/bin/python examples/export_onnx.py                          # a minute or two on two cores
+    .venv/bin/python examples/export_onnx.py my.jpg --folder models -o masks.png
 
 The network is U2-Net-p with its trained weights (as in segment_photo.py), accelerated by pyseg. Its program of
 torch.export is saved, loaded and run with pyseg's kernels; its ONNX file has standard operators alone and runs in

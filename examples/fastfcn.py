@@ -1,7 +1,7 @@
 """Trains FastFCN on drawn scenes, and measures what joint pyramid upsampling saves over a dilated backbone.
 
-    python examples/fastfcn.py                      # about two minutes on two cores
-    python examples/fastfcn.py --head aspp --steps 120 -o shapes.png
+    .venv/bin/python examples/fastfcn.py                      # about two minutes on two cores
+    .venv/bin/python examples/fastfcn.py --head aspp --steps 120 -o shapes.png
 
 The network is `pyseg.models.fastfcn`: torchvision's ResNet-50 as it is (strides 4, 8, 16, 32), `pyseg.nn.JPU` on its
 last three maps, and an FCN or ASPP head (Wu et al. 2019, 1903.11816). It learns from scratch to tell discs, squares,

@@ -1,7 +1,7 @@
 """Trains a small Mask R-CNN from scratch to find overlapping coloured shapes, with pyseg's kernels in its place.
 
-    python examples/mask_rcnn_shapes.py                        # about two minutes on two cores
-    python examples/mask_rcnn_shapes.py --steps 1000 -o shapes.png
+    .venv/bin/python examples/mask_rcnn_shapes.py                        # about two minutes on two cores
+    .venv/bin/python examples/mask_rcnn_shapes.py --steps 1000 -o shapes.png
 
 The images are drawn here: one to four circles, squares and triangles of random size and colour, those that come later
 over those before. The network is torchvision's MaskRCNN over a small residual network with a feature pyramid;

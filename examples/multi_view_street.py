@@ -1,7 +1,7 @@
 """Segments several views of a street together: labels of one view reach all of them.
 
-    python examples/multi_view_street.py                         # a few seconds on two cores
-    python examples/multi_view_street.py --views 6 --seed 2 -o street.png
+    .venv/bin/python examples/multi_view_street.py                         # a few seconds on two cores
+    .venv/bin/python examples/multi_view_street.py --views 6 --seed 2 -o street.png
 
 The street is drawn here by casting rays: facades with windows, road, pavement, parked cars and trees, seen by a camera
 that drives along it. Only the view in the middle is labelled, by hand as it were: a tenth of its blocks are wrong. From

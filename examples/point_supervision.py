@@ -1,7 +1,7 @@
 """Learns to segment from one point an object, and measures what each kind of weak label adds.
 
-    python examples/point_supervision.py            # about a minute on two cores
-    python examples/point_supervision.py --steps 300 -o points.png
+    .venv/bin/python examples/point_supervision.py            # about a minute on two cores
+    .venv/bin/python examples/point_supervision.py --steps 300 -o points.png
 
 Discs, squares, triangles and rings are drawn over grey noise, each in shades of its colour. The same small FCN learns,
 from scratch and on the same scenes, with `pyseg.nn.PointSupervisionLoss` (Bearman et al. 2016, 1506.02106): from which

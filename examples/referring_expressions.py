@@ -1,7 +1,7 @@
 """Trains a network to segment what a sentence refers to, in drawn scenes of coloured shapes.
 
-    python examples/referring_expressions.py                   # about three minutes on two cores
-    python examples/referring_expressions.py --steps 1000 -o expressions.png
+    .venv/bin/python examples/referring_expressions.py                   # about three minutes on two cores
+    .venv/bin/python examples/referring_expressions.py --steps 1000 -o expressions.png
 
 Each scene has four to six discs, squares and triangles in few colours, and sentences that fit exactly one of them: by
 its attributes ("the red square"), its size ("the largest disc"), its place ("the topmost blue shape") or its place

@@ -1,8 +1,8 @@
 """Sharpens a coarse mask by the colours of its photograph, with a dense CRF.
 
-    python examples/refine_mask.py                                # three photographs of scikit-image, masks by U2-Net-p
-    python examples/refine_mask.py photo.jpg mask.png -o out.png  # your own: white is the subject, grey is unsure
-    python examples/refine_mask.py photo.jpg scribbles.png --scribbles
+    .venv/bin/python examples/refine_mask.py  # photographs of scikit-image, masks by U2-Net-p
+    .venv/bin/python examples/refine_mask.py photo.jpg mask.png -o out.png  # white is the subject, grey is unsure
+    .venv/bin/python examples/refine_mask.py photo.jpg scribbles.png --scribbles
 
 Scribbles are strokes on a transparent or black ground, of one colour for each label: a few are enough. Writes the
 refined mask (for scribbles: the label of each pixel in the colour of its stroke) as NAME_refined.png, and the way there

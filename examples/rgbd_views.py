@@ -1,7 +1,7 @@
 """Trains a small FuseNet on rendered rooms, and measures what the fusion of several views brings to a keyframe.
 
-    python examples/rgbd_views.py                       # about a minute of computation
-    python examples/rgbd_views.py --steps 400 --views 12 -o rooms.png
+    .venv/bin/python examples/rgbd_views.py                       # about a minute of computation
+    .venv/bin/python examples/rgbd_views.py --steps 400 --views 12 -o rooms.png
 
 The rooms are ray-cast here: floor, walls, boxes, balls and columns, in colours and stripes that do not give the class
 away, from cameras that look at the same place. FuseNet (Hazirbas et al. 2016) learns from single images, with noise in

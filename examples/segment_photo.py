@@ -1,7 +1,7 @@
 """Finds the main object of photographs with U2-Net-p, in PyTorch, in PyTorch with pyseg, and in onnxruntime.
 
-    python examples/segment_photo.py                       # three photographs that come with scikit-image
-    python examples/segment_photo.py my.jpg -o out.png     # your own
+    .venv/bin/python examples/segment_photo.py                       # three photographs that come with scikit-image
+    .venv/bin/python examples/segment_photo.py my.jpg -o out.png     # your own
 
 Writes a picture for each: photo, saliency mask, overlay, cut-out, and the cut-out of the mask that a dense CRF has
 sharpened by the photo's colours (refine_mask.py does that alone). The trained network (Qin et al. 2020, MIT licence) is

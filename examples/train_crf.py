@@ -1,7 +1,7 @@
 """Learns the weights of a dense CRF (CRF as RNN, Zheng et al. 2015) that repairs corrupted masks of photographs.
 
-    python examples/train_crf.py                        # about a minute on two cores
-    python examples/train_crf.py --steps 100 -o crf.png
+    .venv/bin/python examples/train_crf.py                        # about a minute on two cores
+    .venv/bin/python examples/train_crf.py --steps 100 -o crf.png
 
 Photographs come from scikit-image, their masks from U2-Net-p (as in segment_photo.py). The masks are coarsened to
 blocks and blocks flipped at random; CRFasRNN, whose weights start at one, learns on all photographs but the last to

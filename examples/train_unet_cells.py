@@ -1,8 +1,8 @@
 """Trains a small U-Net from scratch to find cell nuclei in a stained tissue section, with pyseg's losses.
 
-    python examples/train_unet_cells.py                    # about two minutes on two cores
-    python examples/train_unet_cells.py --steps 400 -o nuclei.png
-    python examples/train_unet_cells.py --augment        # U-Net's elastic deformations too
+    .venv/bin/python examples/train_unet_cells.py                    # about two minutes on two cores
+    .venv/bin/python examples/train_unet_cells.py --steps 400 -o nuclei.png
+    .venv/bin/python examples/train_unet_cells.py --augment        # U-Net's elastic deformations too
 
 The image is scikit-image's `immunohistochemistry`, which comes with the library. It has no labels of its own: they are
 made here by a classical method (stain separation, Otsu's threshold, watershed), so the network learns to do what that

@@ -1,7 +1,7 @@
 """Finds glass vessels in drawn scenes and what is in them, with valve filters (Eppel 2017, 1710.05126).
 
-    python examples/vessel_contents.py                       # 81 s of processor time
-    python examples/vessel_contents.py --steps 400 -o vessels.png
+    .venv/bin/python examples/vessel_contents.py                       # 81 s of processor time
+    .venv/bin/python examples/vessel_contents.py --steps 400 -o vessels.png
 
 Vessels hold liquid, foam, solids and air; the same materials lie about outside of them. A first network finds the
 vessels. Second networks, trained on the true regions, tell the contents apart: one without the region, three that are

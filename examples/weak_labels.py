@@ -1,7 +1,7 @@
 """Learns to segment drawn shapes from weak labels: the classes of each image, or boxes (DeepLab-EM).
 
-    python examples/weak_labels.py                       # about a minute on two cores
-    python examples/weak_labels.py --steps 200 --seed 1 -o weak.png
+    .venv/bin/python examples/weak_labels.py                       # about a minute on two cores
+    .venv/bin/python examples/weak_labels.py --steps 200 --seed 1 -o weak.png
 
 A small fully convolutional network sees noisy scenes of one or two shapes and is told only which classes are in each.
 It first learns to classify whole scenes by pooled scores, as the paper's networks start from classification; from

@@ -13,6 +13,7 @@ inline std::optional<int64_t> pixel_stride(const torch::stable::Tensor& map) {
   int64_t stride = 1, next = 0;
   bool any = false;
   for (int64_t d = map.dim() - 1; d >= 2; --d) {
+    if (map.size(d) == 0) return 1;  // no pixel: any spacing will do
     if (map.size(d) == 1) continue;
     if (any && map.stride(d) != next) return std::nullopt;
     if (!any) stride = map.stride(d);

@@ -91,7 +91,8 @@ int64_t find_margins(const BiasScratch<A>& s, int64_t count, int64_t own, const 
     const Int bits = (Int)(best + A(0));  // -0 becomes 0, whose successor is the next of the integers
     const Vec<A> least = (Vec<A>)(bits + (bits >= 0 ? Int{} + 1 : Int{} - 1));
     const Vec<A> t = least - f;
-    const Vec<A> margin = (Vec<A>)((Int)t - (f + t < least));  // a comparison that holds is -1
+    // Where t <= 0 the pixel is won as it is, whatever the rounding, and the next of the integers would be smaller.
+    const Vec<A> margin = (Vec<A>)((Int)t - ((f + t < least) & (t > A(0))));  // a comparison that holds is -1
     won -= margin <= limit;
     store(s.margins + i, margin);
   }

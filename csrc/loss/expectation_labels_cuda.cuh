@@ -144,7 +144,8 @@ __device__ void find_margins(const ExpectationArgs& a, const T* logits, const ui
       const MarginBits<A> best_bits = bits_of(best[u] + A(0));  // -0 becomes 0, whose successor is the next integer
       const A least = number_of(best_bits >> (8 * sizeof(A) - 1) ? best_bits - 1 : best_bits + 1);
       A margin = least - score[u];
-      if (score[u] + margin < least) margin = number_of(bits_of(margin) + 1);
+      // Where it is <= 0 the pixel is won as it is, and the next of the integers would be smaller.
+      if (margin > A(0) && score[u] + margin < least) margin = number_of(bits_of(margin) + 1);
       if (valid != nullptr && !valid[p]) margin = A(INFINITY);
       margins[p] = margin;
       won += margin <= limit;

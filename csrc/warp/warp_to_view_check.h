@@ -124,4 +124,10 @@ inline Tensor new_map(const Tensor& like, const Ints& size, bool last) {
 
 inline Tensor dense(const Tensor& t, bool last) { return torch::stable::contiguous(t, format_of(last)); }
 
+// Scores as the kernels read them: the channels of a channels_last map side by side, which those of a slice
+// [:, ::2] are not.
+inline Tensor readable(const Tensor& scores, bool last) {
+  return last && scores.stride(1) != 1 ? dense(scores, true) : scores;
+}
+
 }  // namespace pyseg::view

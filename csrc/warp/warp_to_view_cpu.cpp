@@ -68,11 +68,12 @@ std::tuple<Tensor, Tensor> warp_to_view(Tensor scores, Tensor depth, Tensor key_
   if (seen.numel() == 0) return {output, seen};
   const std::vector<Projection> projections = projections_of(g);
   ViewWarpArgs a = args_of(g, type, channels, last, projections);
-  a.scores = scores.data_ptr();
-  a.image_stride = scores.stride(0);
-  a.channel_stride = scores.stride(1);
-  a.row_stride = scores.stride(2);
-  a.column_stride = scores.stride(3);
+  const Tensor from = readable(scores, last);
+  a.scores = from.data_ptr();
+  a.image_stride = from.stride(0);
+  a.channel_stride = from.stride(1);
+  a.row_stride = from.stride(2);
+  a.column_stride = from.stride(3);
   a.output = output.data_ptr();
   a.seen = static_cast<uint8_t*>(seen.data_ptr());
   const Workers workers = workers_of(a);

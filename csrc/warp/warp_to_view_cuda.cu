@@ -95,14 +95,15 @@ std::tuple<Tensor, Tensor> warp_to_view(Tensor scores, Tensor depth, Tensor key_
   if (seen.numel() == 0) return {output, seen};
   CudaCall call(kWarp, g, channels, launches);
   CudaViews& a = call.args;
-  a.image_stride = scores.stride(0);
-  a.channel_stride = scores.stride(1);
-  a.row_stride = scores.stride(2);
-  a.column_stride = scores.stride(3);
+  const Tensor read = readable(scores, last);
+  a.image_stride = read.stride(0);
+  a.channel_stride = read.stride(1);
+  a.row_stride = read.stride(2);
+  a.column_stride = read.stride(3);
   const int64_t chunks = channels > 0 ? (channels + kChunk - 1) / kChunk : 1;  // without channels there are counts
   with_element(type, [&]<typename T>() {
     constexpr int kVec = kVectorBytes / int(sizeof(T));
-    const auto* from = static_cast<const T*>(scores.data_ptr());
+    const auto* from = static_cast<const T*>(read.data_ptr());
     auto* to = static_cast<T*>(output.data_ptr());
     auto* count = static_cast<uint8_t*>(seen.data_ptr());
     bool whole = is_aligned(from) && channels % kVec == 0;

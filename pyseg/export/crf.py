@@ -1,4 +1,4 @@
-"""Decompositions of the dense CRF: its iterations, and the filter on a lattice that is already built."""
+"""Decompositions of the dense CRF: iterations, sums over links, the filter on a lattice that is already built."""
 
 import torch
 from torch import Tensor
@@ -96,9 +96,60 @@ def permutohedral_vertex_kernel(*arguments: object) -> tuple[Tensor, Tensor, Ten
     raise cannot("permutohedral_lattice", 'accuracy "high" needs a sparse product: use "fast" or "exact"')
 
 
+def _rows_of(ends: Tensor, length: int) -> Tensor:
+    """[length]: the number of rows that have ended before each element."""
+    ended = ends.new_zeros(length + 1).scatter_add(0, ends, torch.ones_like(ends))
+    return ended.cumsum(0)[:-1]
+
+
+@replaces(torch.ops.aten.repeat_interleave.self_Tensor)
+def repeat_interleave(
+    input: Tensor, repeats: Tensor, dim: int | None = None, *, output_size: int | None = None
+) -> Tensor:
+    """The rows of links; ONNX's exporter has no form of it with a known size."""
+    if output_size is None or input.dim() != 1 or repeats.dim() != 1:
+        return NotImplemented
+    return input[_rows_of(repeats.cumsum(0), output_size)]
+
+
 @replaces(torch.ops.aten.cdist.default)
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
     """What accuracy "exact" measures distances with; ONNX's exporter has no form of it."""
     if p != 2:
         return NotImplemented
     return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1).sqrt()
+
+
+@decomposes("sparse_pairwise")
+def sparse_pairwise(
+    values: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    columns: Tensor,
+    transpose_starts: Tensor,
+    transpose_columns: Tensor,
+    transpose_entries: Tensor,
+    transpose: bool,
+) -> Tensor:
+    """A gather at one end of each link and a scatter to the other, in the transpose's order, which names both ends."""
+    entries = transpose_entries.long()
+    rows, others = transpose_columns.long(), columns.long()[entries]
+    return _summed(values, weights[entries], *((others, rows) if transpose else (rows, others)))
+
+
+@decomposes("_sparse_pairwise_add")
+def _sparse_pairwise_add(
+    base: Tensor, factor: Tensor, values: Tensor, weights: Tensor, row_starts: Tensor, columns: Tensor
+) -> Tensor:
+    """The same by rows."""
+    message = _summed(values, weights, _rows_of(row_starts[1:], columns.shape[0]), columns.long())
+    return base + (message.to(factor.dtype) * factor.view(-1, 1)).to(base.dtype)
+
+
+def _summed(values: Tensor, weights: Tensor, to: Tensor, of: Tensor) -> Tensor:
+    """[N, C, P]: weights times the values of pixels `of`, added up in pixels `to`."""
+    images, channels, points = values.shape
+    rows = values.to(weights.dtype).movedim(1, 2).reshape(images * points, channels)
+    terms = rows[of] * weights.unsqueeze(1)
+    total = torch.zeros_like(rows).scatter_add(0, to.unsqueeze(1).expand(-1, channels), terms)
+    return total.reshape(images, points, channels).movedim(2, 1).to(values.dtype)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pyseg import reference
 from pyseg._ops.segmentation_statistics import empty_log_sum, wide_dtype
-from pyseg.export.table import decomposes
+from pyseg.export.table import cannot, decomposes
 
 POISON = 1 << 48  # taken off every cell where a label is out of range, as on CUDA
 
@@ -150,3 +150,55 @@ def pixel_cross_entropy(
         logits, target, class_weight, activation, ignore_index, gamma, label_smoothing
     )
     return losses.to(wide_dtype(logits)), empty_log_sum(logits, activation, target.dim() == logits.dim())
+
+
+@decomposes("expectation_labels")
+def expectation_labels(
+    logits: Tensor,
+    present: Tensor,
+    valid: Tensor | None,
+    background_bias: float,
+    foreground_bias: float,
+    background_share: float,
+    foreground_share: float,
+    exclude_absent: bool,
+    sweeps: int,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Constant biases and an argmax. Shares take rounds until no bias changes, each with an order statistic."""
+    if (background_share > 0 or foreground_share > 0) and sweeps > 0:
+        raise cannot("expectation_labels", "shares (EM-Adapt) take a loop over data: use constant biases (EM-Fixed)")
+    wide = wide_dtype(logits)
+    scores = logits.to(wide)
+    scores = torch.where(scores.isnan(), torch.inf, scores)
+    background = torch.arange(logits.shape[1], device=logits.device) == 0
+    bias = torch.where(background, background_bias, foreground_bias).to(wide)
+    bias = torch.where(present, bias, -torch.inf if exclude_absent else 0.0)  # [N, C]
+    competes = bias > -torch.inf
+    around = [1] * (logits.dim() - 2)
+    # -inf of a class that competes is more than that of one which does not.
+    lowest = torch.finfo(wide).min
+    total = (scores + bias.reshape(*bias.shape, *around)).clamp_min(lowest)
+    total = torch.where(competes.reshape(*competes.shape, *around), total, -torch.inf)
+    counts = competes.any(1).reshape(-1, *around)
+    if valid is not None:
+        counts = counts & valid
+    return torch.where(counts, total.argmax(1), ignore_index), bias
+
+
+@decomposes("lovasz_statistics")
+def lovasz_statistics(*arguments: object) -> Tensor:
+    """Raises: train in PyTorch."""
+    raise cannot("lovasz_loss", "its sort of all pixels of a class is made for training")
+
+
+@decomposes("_hausdorff_dt")
+def hausdorff_dt(*arguments: object) -> Tensor:
+    """Raises: train in PyTorch."""
+    raise cannot("hausdorff_dt_loss", "its distance transforms of all classes are made for training")
+
+
+@decomposes("point_supervision_loss")
+def point_supervision_loss(*arguments: object) -> tuple[Tensor, Tensor]:
+    """Raises: train in PyTorch."""
+    raise cannot("point_supervision_loss", "it is made for training")

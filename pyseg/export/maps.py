@@ -1,8 +1,9 @@
-"""Decompositions of the operators on feature maps: convolution, interpolation, Gaussian filter."""
+"""Decompositions of the operators on feature maps: convolutions, interpolation, Gaussian filter."""
 
 import torch
 from torch import Tensor
 
+from pyseg._ops.fuse_query import pixel_coordinates
 from pyseg._ops.segmentation_statistics import wide_dtype
 from pyseg.export.table import decomposes
 
@@ -119,3 +120,74 @@ def _along(maps: Tensor, taps: Tensor, axis: int, radius: int) -> Tensor:
     padding = [radius if i == axis else 0 for i in range(axes)]
     ones, zeros = [1] * axes, [0] * axes
     return torch.ops.aten.convolution(maps, taps.view(1, 1, *shape), None, ones, padding, ones, False, zeros, 1)
+
+
+@decomposes("fuse_query")
+def fuse_query(
+    input: Tensor, weight: Tensor, offset: Tensor, coordinates: Tensor, normalize: bool, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """A matrix product, scaled in each pixel, and an affine function of its centre."""
+    wide, height, width = wide_dtype(input), input.shape[2], input.shape[3]
+    maps = input.to(wide)
+    output = (weight.to(wide) @ maps.flatten(2)).unflatten(2, (height, width))  # type: ignore[no-untyped-call]
+    scale = maps.new_zeros(0)
+    if normalize:
+        scale = maps.square().sum(1).sqrt().clamp_min(1e-12).reciprocal()
+        output = output * scale.unsqueeze(1)
+    pixels = pixel_coordinates(height, width, wide, input.device)
+    ramp = (coordinates.to(wide) @ pixels.flatten(1)).unflatten(1, (height, width))  # type: ignore[no-untyped-call]
+    output = output + (offset.to(wide)[:, :, None, None] + ramp)
+    return (output.relu() if relu else output).to(input.dtype), scale
+
+
+@decomposes("region_gate")
+def region_gate(
+    features: Tensor,
+    region: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    additive: bool,
+    relu: bool,
+) -> Tensor:
+    """The region's convolution, and a product or sum."""
+    gate = _convolved(region, weight, bias, stride, padding, dilation)
+    maps = features.to(gate.dtype)
+    output = maps + gate if additive else maps * gate
+    return (output.relu() if relu else output).to(features.dtype)
+
+
+@decomposes("valve_conv2d")
+def valve_conv2d(
+    input: Tensor,
+    region: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    valve_weight: Tensor,
+    valve_bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    valve_stride: list[int],
+    valve_padding: list[int],
+    valve_dilation: list[int],
+    additive: bool,
+    relu: bool,
+) -> Tensor:
+    """Two convolutions, and a product or sum."""
+    features = _convolved(input, weight, bias, stride, padding, dilation)
+    valve = (valve_stride, valve_padding, valve_dilation)
+    return region_gate(features, region, valve_weight, valve_bias, *valve, additive, relu).to(input.dtype)
+
+
+def _convolved(
+    maps: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """In float32 or float64."""
+    wide = wide_dtype(maps)
+    shift = None if bias is None else bias.to(wide)
+    return torch.ops.aten.convolution(
+        maps.to(wide), weight.to(wide), shift, stride, padding, dilation, False, [0, 0], 1
+    )

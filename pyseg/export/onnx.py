@@ -63,7 +63,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Decomposition]:
 
     program = torch.export.export(model, args).run_decompositions(pyseg.export.decompositions())
 
-    nms and permutohedral_lattice have none, since their results' sizes are data.
+    nms and permutohedral_lattice have none, since their results' sizes are data. Those of what is for training alone
+    raise, such as point_supervision_loss.
     """
     return dict(TABLE)
 

@@ -2,7 +2,9 @@
 
 Splitting space is arithmetic (Adams, Baek, Davis 2010, sections 3 and 4.1); the hash table becomes Unique on the
 coordinates of all corners, packed into one int64 each, image first. Coordinates must fit into their share of the 63
-bits: 2^10 to either side for five features (those of a photograph reach about 200), 2^15 for up to three.
+bits: 2^10 to either side for five features (those of a photograph reach about 200), 2^15 for up to three. Six would
+have 2^8, which a photograph with a fourth channel almost fills: its features are as long as 40, and coordinates reach
+sqrt(2/3) (d + 1) times that. So more than five raise.
 """
 
 import math
@@ -18,6 +20,7 @@ from pyseg.export.table import cannot
 op: Any = opset18
 Value = Any
 _IMAGE_BITS, _MOST_BITS = 8, 16
+_MOST_FEATURES = 5
 
 
 def permutohedral_lattice(features: Value, scale: float, max_vertices: int) -> tuple[Value, ...]:
@@ -25,6 +28,9 @@ def permutohedral_lattice(features: Value, scale: float, max_vertices: int) -> t
     if max_vertices >= 0:
         raise cannot("permutohedral_lattice", f"max_vertices must be None, got {max_vertices}")
     d = int(features.shape[1])
+    if d > _MOST_FEATURES:
+        what = f'features must have at most {_MOST_FEATURES} dimensions (any number with accuracy="exact"), got {d}'
+        raise cannot("permutohedral_lattice", what)
     if features.dtype != ir.DataType.DOUBLE:
         features = op.Cast(features, to=ir.DataType.FLOAT)
     dtype = np.float64 if features.dtype == ir.DataType.DOUBLE else np.float32

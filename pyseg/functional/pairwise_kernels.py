@@ -119,7 +119,9 @@ class LinkKernel:
     links: of `correspondence_links`, `track_links` or `pixel_links`, for all pixels of the batch.
     compatibility: see `dense_crf`.
     normalization, accuracy: instead of those that `dense_crf` is called with. A pixel without links gets no message,
-        and n_i = sum over j of w_ij must not be negative. accuracy="exact" computes in float64; other levels are alike.
+        and n_i = sum over j of w_ij must not be negative. Where links are directed, what comes behind the sum has n_i
+        and what comes before it the sums over the links that lead to a pixel, n_j = sum over i of w_ij.
+        accuracy="exact" computes in float64; other levels are alike.
     """
 
     links: PixelLinks
@@ -162,6 +164,11 @@ class Bound:
     def filter(self, values: Tensor) -> Tensor:
         """The kernel's plain sums, values [N, C, *S]."""
         raise NotImplementedError
+
+    def norms(self, ones: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over the kernel's columns and rows [N or 1, P], from ones [N or 1, 1, *S]; here it is symmetric."""
+        norm = self.filter(ones).flatten(1)
+        return norm, norm
 
     def message(self, values: Tensor) -> Tensor:
         """The kernel's normalised sums, values [N, C, *S]."""
@@ -219,6 +226,10 @@ class BoundLinks(Bound):
     def filter(self, values: Tensor) -> Tensor:
         return sparse_pairwise(values, self.links)
 
+    def norms(self, ones: Tensor) -> tuple[Tensor, Tensor]:
+        """Links may be directed: a pixel that has none itself may have others' links lead to it."""
+        return sparse_pairwise(ones, self.links, transpose=True).flatten(1), self.filter(ones).flatten(1)
+
     def scaled(self) -> "BoundLinks":
         """The same kernel with its scales within the weights. For inference: the gradient of indexing takes atomics."""
         links = self.links
@@ -228,7 +239,7 @@ class BoundLinks(Bound):
             rows = rows.repeat_interleave(links.row_starts.diff(), output_size=columns.shape[0])
             weights = weights * self.scale_out.flatten()[rows]
         if self.scale_in is not None:
-            weights = weights * self.scale_in.flatten()[columns]
+            weights = weights * self.scale_in.flatten()[columns.long()]
         return BoundLinks(self.compatibility, None, None, links._replace(weights=weights))
 
     def add_energy(self, base: Tensor, values: Tensor) -> Tensor:
@@ -327,13 +338,18 @@ def normalized(plain: Bound, ones: Tensor, normalization: str) -> Bound:
     chosen(normalization, "normalization", NORMALIZATIONS)
     if normalization == "none":
         return plain
-    norm = plain.filter(ones).flatten(1) + TINY
-    scale = norm.rsqrt() if normalization == "symmetric" else norm.reciprocal()
+    columns, rows = plain.norms(ones)
+    root = normalization == "symmetric"
     return dataclasses.replace(
         plain,
-        scale_in=None if normalization == "after" else scale,
-        scale_out=None if normalization == "before" else scale,
+        scale_in=None if normalization == "after" else _inverse(columns, root),
+        scale_out=None if normalization == "before" else _inverse(rows, root),
     )
+
+
+def _inverse(norm: Tensor, root: bool) -> Tensor:
+    """1 / norm, or 1 / sqrt(norm)."""
+    return (norm + TINY).rsqrt() if root else (norm + TINY).reciprocal()
 
 
 def _scaled(values: Tensor, scale: Tensor | None) -> Tensor:

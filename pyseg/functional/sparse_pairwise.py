@@ -69,7 +69,7 @@ def pixel_links(row_starts: Tensor, columns: Tensor, weights: Tensor | None = No
 
     Args:
         row_starts: [R + 1] integers that ascend from 0 to L.
-        columns: [L] integers from 0 to R - 1; a pixel may be linked to another more than once.
+        columns: [L] integers from 0 to R - 1, any others become -1; a pixel may be linked to another more than once.
         weights: [L]; None: ones in float32. float64 stays, other types become float32. Gradients reach them.
 
     Raises:
@@ -77,7 +77,7 @@ def pixel_links(row_starts: Tensor, columns: Tensor, weights: Tensor | None = No
     """
     op = "pixel_links"
     for name, tensor in (("row_starts", row_starts), ("columns", columns)):
-        if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex():
+        if tensor.dim() != 1 or not _is_integer(tensor):
             raise RuntimeError(f"{op}: {name} must be a list of integers, got {list(tensor.shape)} {tensor.dtype}")
     if row_starts.numel() < 1:
         raise RuntimeError(f"{op}: row_starts must be [R + 1], got {list(row_starts.shape)}")
@@ -88,7 +88,9 @@ def pixel_links(row_starts: Tensor, columns: Tensor, weights: Tensor | None = No
         weights = torch.ones(length, device=columns.device)
     if weights.shape != columns.shape:
         raise RuntimeError(f"{op}: weights must be {list(columns.shape)} like columns, got {list(weights.shape)}")
-    row_starts = row_starts.long()
+    row_starts, columns = row_starts.long(), columns.long()
+    # Before int32 makes another pixel of them: what uses the links rejects -1.
+    columns = columns.where((columns >= 0) & (columns < pixels), -1)
     order = columns.argsort(stable=True)  # by column, then by row
     rows = row_starts[1:].contiguous()
     return PixelLinks(
@@ -151,8 +153,11 @@ def track_links(tracks: Tensor, shape: Sequence[int], weights: Tensor | None = N
     A track of m observations makes m (m - 1) / 2 links. On CUDA it waits for their number.
     """
     op = "track_links"
-    if tracks.dim() != 2 or tracks.shape[1] != len(shape) + 1:
-        raise RuntimeError(f"{op}: tracks must be [K, {len(shape) + 1}], got {list(tracks.shape)}")
+    if tracks.dim() != 2 or tracks.shape[1] != len(shape) + 1 or not _is_integer(tracks):
+        raise RuntimeError(
+            f"{op}: tracks must be [K, {len(shape) + 1}] integers, got {list(tracks.shape)} {tracks.dtype}"
+        )
+    tracks = tracks.long()
     if weights is not None and weights.shape != tracks.shape[:1]:
         raise RuntimeError(f"{op}: weights must be {[tracks.shape[0]]}, got {list(weights.shape)}")
     order = tracks[:, 0].argsort(stable=True)
@@ -168,21 +173,25 @@ def track_links(tracks: Tensor, shape: Sequence[int], weights: Tensor | None = N
     return correspondence_links(tracks[a, 1:], tracks[b, 1:], shape, product)
 
 
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def _pixels(op: str, name: str, pixels: Tensor, shape: list[int]) -> Tensor:
     """Rows of pixels (image, *position)."""
-    if pixels.dim() != 2 or pixels.shape[1] != len(shape) or pixels.is_floating_point():
+    if pixels.dim() != 2 or pixels.shape[1] != len(shape) or not _is_integer(pixels):
         raise RuntimeError(f"{op}: {name} must be [K, {len(shape)}] integers, got {list(pixels.shape)} {pixels.dtype}")
-    size = torch.tensor(shape, device=pixels.device)
+    pixels, size = pixels.long(), torch.tensor(shape, device=pixels.device)
     outside = (pixels < 0) | (pixels >= size)
     if outside.any():
         raise RuntimeError(f"{op}: {name} must lie in {shape}, got {pixels[outside.any(1)][0].tolist()}")
-    row = torch.zeros_like(pixels[:, 0], dtype=torch.long)
+    row = torch.zeros_like(pixels[:, 0])
     for axis, length in enumerate(shape):
         row = row * length + pixels[:, axis]
     return row
 
 
 def _starts(sorted_rows: Tensor, pixels: int) -> Tensor:
-    """[pixels + 1]: where each row begins in a list of rows that ascends."""
+    """[pixels + 1]: where each row begins in a list of rows, int64, that ascends."""
     every = torch.arange(pixels + 1, device=sorted_rows.device, dtype=sorted_rows.dtype)
     return torch.searchsorted(sorted_rows.contiguous(), every)

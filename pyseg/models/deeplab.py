@@ -123,10 +123,11 @@ def deeplab(
 
 def _channels(backbone: nn.Module) -> int:
     """Of the last map that a backbone returns."""
-    training = backbone.training
+    training = [(module, module.training) for module in backbone.modules()]  # frozen batch norms may differ
     like = next(backbone.parameters(), torch.empty(0))
     with torch.no_grad():
         features = backbone.eval()(like.new_zeros(1, 3, 64, 64))
-    backbone.train(training)
+    for module, mode in training:
+        module.training = mode
     last: Tensor = features if isinstance(features, Tensor) else features[-1]
     return last.shape[1]

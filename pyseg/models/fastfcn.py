@@ -37,9 +37,9 @@ class FastFCN(nn.Module):
 def segmentation_head(
     kind: Head, channels: int, num_classes: int, width: int = 256, *, dropout: float = 0.1
 ) -> nn.Sequential:
-    """From features to classes: ASPP, or one 3x3 convolution as in FCN, and a 1x1 convolution."""
+    """From features at stride 8 to classes: ASPP of rates 12, 24, 36, or one 3x3 convolution as in FCN, and a 1x1."""
     if kind == "aspp":
-        return nn.Sequential(ASPP(channels, (6, 12, 18), width, dropout=dropout), nn.Conv2d(width, num_classes, 1))
+        return nn.Sequential(ASPP(channels, (12, 24, 36), width, dropout=dropout), nn.Conv2d(width, num_classes, 1))
     if kind != "fcn":
         raise ValueError(f"segmentation_head: kind must be fcn or aspp, got {kind}")
     conv = AtrousConv2d(channels, width, 3, padding=1, bias=False)

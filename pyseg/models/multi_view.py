@@ -97,9 +97,9 @@ def project_points(points: Tensor, cameras: Tensor) -> tuple[Tensor, Tensor]:
             f"project_points: points must be [K, 3] and cameras [M, 3, 4], got {list(points.shape)} and "
             f"{list(cameras.shape)}"
         )
-    seen = cameras[:, None, :, :3] @ points[None, :, :, None] + cameras[:, None, :, 3:]
-    depth = seen[..., 2, 0]
-    return seen[..., :2, 0] / depth[..., None], depth
+    seen = points @ cameras[:, :, :3].mT + cameras[:, None, :, 3]
+    depth = seen[..., 2]
+    return seen[..., :2] / depth[..., None], depth
 
 
 def observe_points(

@@ -371,6 +371,29 @@ def test_pixel_links():
     torch.testing.assert_close(sparse_pairwise(values, links, transpose=True), dense.T @ values)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_pixel_links_of_small_integers(dtype):
+    """With more pixels than the type of the columns counts to."""
+    pixels = 40_000 if dtype == torch.int16 else 300
+    columns = torch.tensor([3, 100, 7], dtype=dtype)
+    starts = torch.tensor([0, 1]).repeat_interleave(torch.tensor([1, pixels])) * 3
+    links = pixel_links(starts, columns)
+    expected = torch.zeros(pixels, 1)
+    expected[columns.long()] = 1
+    ones = torch.ones(pixels, 1)
+    torch.testing.assert_close(sparse_pairwise(ones, links, transpose=True), expected)
+    assert sparse_pairwise(ones, links).sum() == 3
+
+
+@pytest.mark.parametrize("column", [2**32 + 1, -(2**32) + 1, 2**31, 4, -1])
+def test_columns_that_do_not_exist(column):
+    """They must not become other ones in 32 bits."""
+    links = pixel_links(torch.tensor([0, 1, 2, 2, 2]), torch.tensor([column, 1]))
+    for transpose in (False, True):
+        with pytest.raises(RuntimeError, match="sparse_pairwise: "):
+            sparse_pairwise(torch.ones(4, 1), links, transpose=transpose)
+
+
 @drawn_settings(30)
 @given(
     shape=st.lists(st.integers(1, 4), min_size=2, max_size=4),
@@ -433,9 +456,11 @@ PAIR = torch.zeros(1, 3, dtype=torch.long)
         (lambda: correspondence_links(PAIR.float(), PAIR, (1, 4, 4)), r"first must be \[K, 3\] integers, got \[1, 3\]"),
         (lambda: correspondence_links(PAIR, PAIR[:0], (1, 4, 4)), r"second must be \[1, 3\] like first, got \[0, 3\]"),
         (lambda: correspondence_links(PAIR, PAIR, (1, 4, 4), torch.ones(2)), r"weights must be \[1\], got \[2\]"),
-        (lambda: track_links(PAIR, (1, 4, 4)), r"track_links: tracks must be \[K, 4\], got \[1, 3\]"),
+        (lambda: track_links(PAIR, (1, 4, 4)), r"track_links: tracks must be \[K, 4\] integers, got \[1, 3\]"),
         (lambda: track_links(PAIR, (4, 4), torch.ones(2)), r"track_links: weights must be \[1\], got \[2\]"),
         (lambda: pixel_links(PAIR, PAIR[0]), r"pixel_links: row_starts must be a list of integers, got \[1, 3\]"),
+        (lambda: pixel_links(PAIR[0], PAIR[0].bool()), r"columns must be a list of integers, got \[3\] torch.bool"),
+        (lambda: track_links(PAIR.float(), (4, 4)), r"track_links: tracks must be .* got \[1, 3\] torch.f"),
         (lambda: pixel_links(PAIR[0, :0], PAIR[0]), r"pixel_links: row_starts must be \[R \+ 1\], got \[0\]"),
         (lambda: pixel_links(PAIR[0], PAIR[0], torch.ones(1)), r"weights must be \[3\] like columns, got \[1\]"),
     ],

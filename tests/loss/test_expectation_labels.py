@@ -98,6 +98,16 @@ def test_not_a_number(device):
     assert wins.item() == 1
 
 
+def test_margins_that_overflow(device):
+    """A class that is ahead by more than the largest number has won the pixel."""
+    for dtype, huge in ((torch.float32, 2e38), (torch.float64, 1e308)):
+        logits = torch.tensor([[[-huge] * 6 + [0.0] * 4, [huge] * 6 + [-1.0, -2, -3, -4]]], dtype=dtype)
+        present = torch.ones(1, 2, dtype=torch.bool)
+        check(logits, present, None, device, foreground_share=0.6)
+        labels = expectation_labels(logits.to(device), present.to(device), foreground_share=0.6)
+        assert labels.sum() == 6
+
+
 def test_equal_margins(device):
     """No bias separates the pixels of constant logits: the class that rises takes all, and rounds end."""
     logits, present = torch.zeros(2, 3, 5, 5), torch.tensor([[True, True, True], [True, False, False]])

@@ -58,6 +58,14 @@ def test_deeplab_without_and_with_crf():
         torch.testing.assert_close(plain(image), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_modes_of_a_backbone_stay():
+    """Counting its channels leaves each module's mode, frozen norms in a backbone that trains too."""
+    given = backbone().train()
+    given[1].eval()
+    deeplab(given, 3)
+    assert [module.training for module in given.modules()] == [True, True, False, True, True]
+
+
 def test_gradients_reach_everything():
     model = deeplab(backbone(), 3, 16, crf=True, width=4, dropout=0.0).train()
     model(torch.randn(2, 3, 16, 16)).square().sum().backward()
@@ -72,6 +80,7 @@ def test_fastfcn():
     with torch.no_grad():
         coarse = model.head(model.jpu(*model.backbone(image))[-1])
         assert coarse.shape == (1, 3, 8, 4)
+        assert [conv[0].dilation[0] for conv in list(model.head[0].convs)[1:4]] == [12, 24, 36]
         expected = nn.functional.interpolate(coarse, (64, 32), mode="bilinear", align_corners=False)
         torch.testing.assert_close(model(image), expected, rtol=1e-5, atol=1e-5)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from view_cases import DOUBLE, DTYPES, assert_near, intrinsics, make_geometry, make_scores
+from view_cases import DOUBLE, DTYPES, LAYOUTS, assert_near, intrinsics, make_geometry, make_scores
 
 from cuda_budget import cuda_budget
 from devices import ORDERS, fake_gpu
@@ -38,7 +38,7 @@ def compare(scores, geometry, device, tested=True):
     return valid_ref.double().mean().item()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "sliced channels"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_and_layouts(device, dtype, layout):
     """Channel counts on both sides of the vectors' lengths and of the chunks of 16."""
@@ -46,6 +46,17 @@ def test_dtypes_and_layouts(device, dtype, layout):
     for channels in (1, 8, 19):
         seen = compare(make_scores((2, channels, 7, 6), dtype, layout), geometry, device)
         assert 0.1 < seen < 0.9
+
+
+def test_second_derivative_in_slices_of_channels(device):
+    """The operator reads what the gradient's gradient is, of whatever strides."""
+    geometry = [t.to(device) for t in make_geometry(1, (4, 3), (3, 4))]
+    grad = torch.ones(1, 3, 4, 3, device=device, requires_grad=True)
+    arguments = (*geometry[:4], None, 3, 4, True, 0.6, 0.02)
+    dx = torch.ops.pyseg._warp_to_view_backward(grad, *arguments)
+    v = make_scores((1, 3, 3, 4), layout="every other channel").to(device)
+    (got,) = torch.autograd.grad(dx, grad, v)
+    assert_near(got, warp_to_view(v.contiguous(), *geometry[:4])[0].cpu())
 
 
 def test_long_rows(device):
@@ -67,7 +78,7 @@ def test_one_row_or_column(device, size):
 def drawn(draw):
     images, channels = draw(st.integers(1, 2)), draw(st.integers(1, 20))
     key_size, size = ([draw(st.integers(1, 6)) for _ in range(2)] for _ in range(2))
-    layout = draw(st.sampled_from(["contiguous", "channels_last", "strided", "sliced channels"]))
+    layout = draw(st.sampled_from(LAYOUTS))
     seed = draw(st.integers(0, 99))
     scores = make_scores((images, channels, *size), draw(st.sampled_from(DTYPES)), layout, seed)
     return scores, make_geometry(images, key_size, size, seed), draw(st.booleans())

@@ -6,6 +6,7 @@ import torch
 
 DOUBLE = torch.float64
 DTYPES = [torch.float32, DOUBLE, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "channels_last", "strided", "sliced channels", "every other channel"]
 ROUNDING = {torch.float32: 3e-6, DOUBLE: 1e-12, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -17,6 +18,8 @@ def make_scores(shape, dtype=torch.float32, layout="contiguous", seed=0):
         return x.repeat_interleave(2, -1)[..., ::2].transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "sliced channels":  # channels side by side, with a gap behind each pixel's
         return torch.cat([x, x[:, :1]], 1).movedim(1, -1).contiguous()[..., :-1].movedim(-1, 1)
+    if layout == "every other channel":  # of a channels_last map: torch's reading of its strides is channels_last too
+        return x.repeat_interleave(2, 1).contiguous(memory_format=torch.channels_last)[:, ::2]
     return x
 
 
